@@ -1,0 +1,1 @@
+"""Class-incremental training of vision transformers, with Locality-Preserved Attention (LPA)."""

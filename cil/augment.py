@@ -1,0 +1,352 @@
+"""Training augmentation for batches of small images, vectorised over the batch.
+
+Images are uint8 tensors [B, C, H, W] on any device; every image gets parameters of its own, and nothing loops over
+images. The distribution is that of the per-image pipeline which timm 1.0, torchvision and Pillow build for CIFAR-100:
+random crop, horizontal flip, RandAugment, normalisation, mixup. Each RandAugment operation reproduces Pillow's pixels:
+its rounding, its bicubic kernel, its treatment of the border.
+
+All randomness comes from the CPU generator passed in, so equal generator states give equal batches. Per-image
+parameters are drawn and converted on the CPU, in float64 as in timm; arithmetic on pixels is float32 or integer.
+No function changes its input. Images of another type raise TypeError, of another number of dimensions ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.special import betaincinv
+from torch import Generator, Tensor
+
+
+def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
+    """Shift each image by up to `padding` pixels in x and in y, black where nothing was: uint8 [B, C, H, W] to same.
+
+    As torchvision's RandomCrop((H, W), padding): all (2 padding + 1)^2 offsets alike. ValueError for padding < 0.
+    """
+    b, _, h, w = _check_images(images)
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
+    offset = torch.randint(2 * padding + 1, (2, b, 1), generator=generator)
+    rows, cols = offset[0] + torch.arange(h), offset[1] + torch.arange(w)
+    index = rows[:, :, None] * (w + 2 * padding) + cols[:, None, :]
+    padded = F.pad(images, (padding,) * 4)
+    return _take(padded, index.to(images.device))
+
+
+def random_flip(images: Tensor, generator: Generator) -> Tensor:
+    """Mirror each image left to right with probability 1/2, as torchvision's RandomHorizontalFlip: uint8 to uint8."""
+    b = _check_images(images)[0]
+    flip = torch.rand(b, generator=generator) < 0.5
+    return torch.where(_per_image(flip.to(images.device)), images.flip(3), images)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images / 255 - mean) / std by channel, as torchvision's ToTensor and Normalize: uint8 to float32 [B, C, H, W].
+
+    mean, std: C numbers each, for pixels in [0, 1]; ValueError if there are not C of them.
+    """
+    c = _check_images(images)[1]
+    if len(mean) != c or len(std) != c:
+        raise ValueError(f"mean and std need {c} numbers each, got {len(mean)} and {len(std)}")
+    shift = 255 * torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    scale = 255 * torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return images.float().sub_(shift).div_(scale)
+
+
+def mixup(
+    images: Tensor, labels: Tensor, num_classes: int, alpha: float, smoothing: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Blend the batch with itself in reverse order, with one lambda ~ Beta(alpha, alpha) for the whole batch.
+
+    images: float [B, C, H, W]; labels: int64 [B] in [0, num_classes), others make torch's scatter fail. Returns images
+    of the same type and soft targets, float32 [B, num_classes]. alpha 0 mixes and draws nothing. smoothing, in [0, 1),
+    is the part of a label spread evenly over all classes, at alpha 0 too. TypeError if the images are not float,
+    ValueError if there are not B labels or a number is out of range. Source: mixup, arXiv 1710.09412, as timm's
+    Mixup(mode="batch", prob=1, cutmix_alpha=0), but B may be odd; the middle image is then its own partner.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, got {images.dtype}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images need that many labels, got {tuple(labels.shape)}")
+    if not (0 <= alpha < math.inf and 0 <= smoothing < 1):
+        raise ValueError(f"alpha must be in [0, inf) and smoothing in [0, 1), got {alpha} and {smoothing}")
+    off = smoothing / num_classes
+    targets = torch.full((len(labels), num_classes), off, device=labels.device)
+    targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+    if alpha == 0:
+        return images, targets
+    lam = _draw_lambda(alpha, generator)
+    return torch.lerp(images.flip(0), images, lam), torch.lerp(targets.flip(0), targets, lam)
+
+
+def _draw_lambda(alpha: float, generator: Generator) -> float:
+    """One draw from Beta(alpha, alpha): torch's own Beta takes no generator, so invert the distribution function."""
+    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return float(betaincinv(alpha, alpha, uniform))
+
+
+def rand_augment(images: Tensor, spec: str, generator: Generator, fill: Sequence[float] = (124, 116, 104)) -> Tensor:
+    """Apply n random operations of 15 to each image, each skipped with probability 1/2: uint8 [B, 3, H, W] to same.
+
+    spec: "rand", then any of these after dashes: m<float> magnitude out of 10 (default 10), mstd<float> its standard
+    deviation (0), inc<0|1> whether all operations grow stronger with it (0), n<int> (2); "rand-m9-mstd0.5-inc1", say.
+    fill: red, green, blue in [0, 255] for ground that a rotation, shear or shift uncovers; default the ImageNet mean.
+    ValueError, naming it, for an unknown part of `spec`, and if images or `fill` have not 3 channels. Source:
+    RandAugment, arXiv 1909.13719, as timm's auto_augment (operations, ranges) and Pillow (pixels) have it.
+    """
+    b, c, _, _ = _check_images(images)
+    if c != 3 or len(fill) != 3:
+        raise ValueError(f"images and fill need 3 channels, got {c} and {len(fill)}")
+    config = _parse(spec)
+    ground = torch.tensor(fill, dtype=torch.float32, device=images.device)
+    operations = list(_operations(config.increasing).values())
+    images = images.clone()
+    for drawn, level, sign in zip(*_draw(b, config, generator), strict=True):
+        for number, (apply, to_argument) in enumerate(operations):
+            chosen = (drawn == number).nonzero().flatten()
+            if len(chosen):
+                argument = to_argument(level[chosen] / 10, sign[chosen]).float().to(images.device)
+                chosen = chosen.to(images.device)
+                images[chosen] = apply(images[chosen], argument, ground)
+    return images
+
+
+class _Config(NamedTuple):
+    magnitude: float
+    std: float
+    increasing: bool
+    layers: int
+
+
+def _parse(spec: str) -> _Config:
+    name, *parts = spec.split("-")
+    if name != "rand":
+        raise ValueError(f"RandAugment spec {spec!r} must begin with 'rand', not {name!r}")
+    values = {"m": 10.0, "mstd": 0.0, "inc": 0.0, "n": 2.0}
+    for part in parts:
+        match = re.fullmatch(r"(?:(m|mstd)(\d+\.?\d*)|(inc)([01])|(n)([1-9]\d*))", part)
+        if not match:
+            raise ValueError(f"unknown part {part!r} in RandAugment spec {spec!r}")
+        key, value = filter(None, match.groups())
+        values[key] = float(value)
+    if values["mstd"] > 100:  # timm's code for "uniform": refused rather than read as a plain number
+        raise ValueError(f"mstd above 100 is not supported in RandAugment spec {spec!r}")
+    return _Config(values["m"], values["mstd"], values["inc"] == 1, int(values["n"]))
+
+
+def _draw(batch: int, config: _Config, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Per layer and image, [layers, batch] each: operation number or -1 for none, level in [0, 10], sign -1 or 1."""
+    shape = (config.layers, batch)
+    operation = torch.randint(15, shape, generator=generator)
+    operation[torch.rand(shape, generator=generator) < 0.5] = -1
+    noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+    level = (config.magnitude + config.std * noise).clamp(0, 10)
+    sign = 2 * torch.randint(2, shape, generator=generator) - 1
+    return operation, level, sign
+
+
+# Takes images uint8 [n, 3, H, W], one argument an image float32 [n], ground colour float32 [3]; returns uint8.
+_Apply = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Takes level / 10 in [0, 1] and sign -1 or 1, float64 [n] each; returns the operation's argument [n].
+_ToArgument = Callable[[Tensor, Tensor], Tensor]
+
+
+def _operations(increasing: bool) -> dict[str, tuple[_Apply, _ToArgument]]:
+    """timm's 15 operations in its order, each with its range of arguments."""
+
+    def unused(level: Tensor, sign: Tensor) -> Tensor:
+        return level
+
+    def enhance(level: Tensor, sign: Tensor) -> Tensor:  # factor 1 changes nothing
+        return (1 + sign * (level * 0.9)).clamp(min=0.1) if increasing else level * 1.8 + 0.1
+
+    def bits(level: Tensor, sign: Tensor) -> Tensor:
+        return 4 - (level * 4).floor() if increasing else (level * 4).floor()
+
+    def threshold(level: Tensor, sign: Tensor) -> Tensor:
+        return 256 - (level * 256).floor() if increasing else (level * 256).floor()
+
+    def up_to(limit: float) -> _ToArgument:
+        return lambda level, sign: sign * (level * limit)
+
+    return {
+        "AutoContrast": (_auto_contrast, unused),
+        "Equalize": (_equalize, unused),
+        "Invert": (lambda images, *_: 255 - images, unused),
+        "Rotate": (_rotate, up_to(30.0)),  # degrees
+        "Posterize": (_posterize, bits),
+        "Solarize": (_solarize, threshold),
+        "SolarizeAdd": (_solarize_add, lambda level, sign: (level * 110).floor()),
+        "Color": (_color, enhance),
+        "Contrast": (_contrast, enhance),
+        "Brightness": (_brightness, enhance),
+        "Sharpness": (_sharpness, enhance),
+        "ShearX": (_shear_x, up_to(0.3)),
+        "ShearY": (_vertically(_shear_x), up_to(0.3)),
+        "TranslateX": (_translate_x, up_to(0.45)),  # part of the width
+        "TranslateY": (_vertically(_translate_x), up_to(0.45)),
+    }
+
+
+# Operations on grey levels
+
+
+def _posterize(images: Tensor, bits: Tensor, ground: Tensor) -> Tensor:
+    mask = (256 - 2 ** (8 - bits)).to(torch.uint8)
+    return images & _per_image(mask)
+
+
+def _solarize(images: Tensor, threshold: Tensor, ground: Tensor) -> Tensor:
+    return torch.where(images < _per_image(threshold), images, 255 - images)
+
+
+def _solarize_add(images: Tensor, add: Tensor, ground: Tensor) -> Tensor:
+    return torch.where(images < 128, images + _per_image(add.to(torch.uint8)), images)  # at most 127 + 110
+
+
+def _auto_contrast(images: Tensor, _: Tensor, ground: Tensor) -> Tensor:
+    """Stretch each channel to 0..255. Pillow's float64 comes out 1 lower at 0.4 % of all (low, high, level)."""
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    stretched = (images - low).int() * 255 // (high - low).int().clamp(min=1)
+    return torch.where(high > low, stretched.to(torch.uint8), images)
+
+
+def _equalize(images: Tensor, _: Tensor, ground: Tensor) -> Tensor:
+    """Flatten each channel's histogram: a level becomes its share of the darker pixels, in Pillow's integer steps."""
+    levels = images.flatten(2).long()
+    count = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
+    brightest = count.gather(2, levels.amax(2, keepdim=True))
+    step = (levels.shape[2] - brightest) // 255
+    table = (step // 2 + count.cumsum(2) - count) // step.clamp(min=1)
+    equalized = table.clamp(max=255).gather(2, levels).to(torch.uint8).view_as(images)
+    return torch.where(step[..., None] > 0, equalized, images)  # too few pixels to tell: as it was
+
+
+# Enhancements: a blend of the image with a degenerate of it
+
+
+def _color(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
+    return _blend(_grey(images), images, factor)
+
+
+def _contrast(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
+    grey = _grey(images)
+    pixels = grey[0].numel()
+    mean = (2 * grey.sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)  # rounded half up
+    return _blend(mean, images, factor)
+
+
+def _brightness(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
+    return _blend(torch.zeros_like(images), images, factor)
+
+
+def _sharpness(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
+    x = images.float()
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth = x.clone()  # Pillow leaves the outermost pixels as they are
+    smooth[..., 1:-1, 1:-1] = ((box + 4 * x[..., 1:-1, 1:-1]) / 13 + 0.5).floor()  # kernel 1 1 1, 1 5 1, 1 1 1
+    return _blend(smooth, images, factor)
+
+
+def _blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    """Pillow's blend: cut off, not rounded. Multiplied and added apart, since a fused step would round otherwise."""
+    start = degenerate.float()
+    return (images.float() - start).mul_(_per_image(factor)).add_(start).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Pillow's integer luma (ITU-R 601), int32 [n, 1, H, W]."""
+    red, green, blue = images.int().split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+# Affine maps. A pixel's centre is at + 0.5; a map goes from output to input, and gives ground outside the input.
+
+
+def _shear_x(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
+    y = torch.arange(images.shape[2], device=images.device) + 0.5
+    return _shift_rows(images, factor[:, None] * y, ground)
+
+
+def _translate_x(images: Tensor, part: Tensor, ground: Tensor) -> Tensor:
+    shift = part[:, None] * images.shape[3]
+    return _shift_rows(images, shift.expand(-1, images.shape[2]), ground)
+
+
+def _vertically(apply: _Apply) -> _Apply:
+    return lambda images, *rest: apply(images.transpose(2, 3), *rest).transpose(2, 3)
+
+
+def _shift_rows(images: Tensor, shift: Tensor, ground: Tensor) -> Tensor:
+    """Output (y, x) is input (y, x + shift[y]), shift [n, H] in pixels: 4 taps, where a general map takes 16."""
+    w = images.shape[3]
+    whole = shift.floor()
+    taps = torch.arange(-1, w + 2, device=images.device)
+    cols = (whole.long()[..., None] + taps).clamp(0, w - 1)
+    wide = images.gather(3, cols[:, None].expand(-1, 3, -1, -1)).float()
+    value = _cubic([wide[..., tap : tap + w] for tap in range(4)], (shift - whole)[:, None, :, None])
+    centre = shift[..., None] + (taps[1:-2] + 0.5)
+    return _on_ground(value, (centre >= 0) & (centre < w), ground)
+
+
+def _rotate(images: Tensor, degrees: Tensor, ground: Tensor) -> Tensor:
+    """Counter-clockwise about the middle of the image."""
+    h, w = images.shape[2:]
+    angle = degrees.deg2rad()[:, None, None]
+    x = torch.arange(w, device=images.device) + (0.5 - w / 2)
+    y = torch.arange(h, device=images.device)[:, None] + (0.5 - h / 2)
+    from_x = angle.cos() * x - angle.sin() * y + w / 2
+    from_y = angle.sin() * x + angle.cos() * y + h / 2
+    left, top = (from_x - 0.5).floor(), (from_y - 0.5).floor()
+    taps = torch.arange(-1, 3, device=images.device)[:, None, None]
+    cols = (left.long()[:, None] + taps).clamp(0, w - 1)
+    rows = (top.long()[:, None] + taps).clamp(0, h - 1)
+    near = _take(images, rows[:, :, None] * w + cols[:, None]).float()  # [n, 3, 4 rows, 4 cols, H, W]
+    across = _cubic(near.unbind(3), (from_x - 0.5 - left)[:, None, None])
+    value = _cubic(across.unbind(2), (from_y - 0.5 - top)[:, None])
+    inside = (from_x >= 0) & (from_x < w) & (from_y >= 0) & (from_y < h)
+    return _on_ground(value, inside, ground)
+
+
+def _cubic(taps: Sequence[Tensor], t: Tensor) -> Tensor:
+    """Value at t in [0, 1) between taps[1] and taps[2], by the cubic kernel of Pillow's transforms (a = -1).
+
+    Written in differences, so that flat areas and t = 0 come out exact: the result is cut off to an integer, and an
+    error of one part in a million would cost a whole grey level there.
+    """
+    a, b, c, d = taps
+    cubed = b - a + d - c
+    squared = a - b - cubed
+    return b + t * (c - a + t * (squared + t * cubed))
+
+
+def _on_ground(value: Tensor, inside: Tensor, ground: Tensor) -> Tensor:
+    return torch.where(inside[:, None], value.clamp_(0, 255), ground[:, None, None]).to(torch.uint8)
+
+
+# Shapes
+
+
+def _check_images(images: Tensor) -> torch.Size:
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B, C, H, W], got {tuple(images.shape)}")
+    return images.shape
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _take(images: Tensor, index: Tensor) -> Tensor:
+    """Pixels of images [n, c, H, W] at index [n, ...] = row * W + column, the same in all channels: [n, c, ...]."""
+    n, c = images.shape[:2]
+    flat = index.flatten(1)[:, None].expand(-1, c, -1)
+    return images.flatten(2).gather(2, flat).view(n, c, *index.shape[1:])

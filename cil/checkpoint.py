@@ -1,0 +1,278 @@
+"""The run directory: the only contract between trainer and instrument.
+
+    run.json              the resolved Run, class order, pixel statistics, versions, git state, twin
+    task_00.safetensors   the network after each task
+    accuracy.csv, training.csv, memory/task_00.csv     cil.tables
+    resume/               only while unfinished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cil.data import Dataset
+from cil.methods import METHODS
+from cil.models import IncrementalViT
+from cil.run import Run, randomness
+from cil.scenario import Scenario, class_order
+from cil.tables import ACCURACY, MEMORY, TRAINING, Table
+
+FORMAT = 1
+TABLES: dict[str, Table] = {"accuracy": ACCURACY, "training": TRAINING}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run on disk. `path` holds run.json; everything that rebuilds its networks without the data set is here."""
+
+    path: Path
+    run: Run
+    image_size: tuple[int, int]
+    class_order: list[int]
+    classes: list[str]  # names, in class order
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    versions: dict[str, str]
+    git: str | None
+    joint_twin: str | None  # name of the sibling directory with the joint counterpart
+    twin_of: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def scenario(self) -> Scenario:
+        return Scenario(self.run.scenario, len(self.classes))
+
+    @property
+    def planned_tasks(self) -> list[int]:
+        """Tasks that a model is trained for: all, or the last one alone for terminal joint training."""
+        tasks = list(range(len(self.scenario)))
+        return tasks[-1:] if self.run.training == "joint-terminal" else tasks
+
+    @property
+    def tasks(self) -> list[int]:
+        """Finished tasks."""
+        return [t for t in self.planned_tasks if self.weights_path(t).is_file()]
+
+    def weights_path(self, task: int) -> Path:
+        return self.path / f"task_{task:02d}.safetensors"
+
+    def new_model(self, task: int) -> IncrementalViT:
+        """The network as initialised, from the run's seed: of task 0, or for joint training of `task` with all its classes."""
+        joint = self.run.training != "incremental"
+        with randomness(self.run.seed, "init", task if joint else 0):
+            model = IncrementalViT(self.run, self.image_size)
+            model.grow(len(self.scenario[: task + 1].labels) if joint else len(self.scenario[0].labels))
+        return model
+
+    def grow(self, model: IncrementalViT, task: int) -> None:
+        """Add `task` to an incremental network, with the run's own draws."""
+        with randomness(self.run.seed, "grow", task):
+            model.grow(len(self.scenario[task].labels), divergence=METHODS[self.run.method].divergence > 0)
+
+    def model(self, task: int) -> IncrementalViT:
+        """The network after `task`, in eval mode on the CPU.
+
+        Raises ValueError for a task that is not there, truncated or foreign weights, and weights that are not finite.
+        """
+        if task not in self.tasks:
+            there = ", ".join(map(str, self.tasks)) or "none yet"
+            raise ValueError(f"no task {task} in {self.path}; there: {there}")
+        state, model = read_safetensors(self.weights_path(task)), self.grown_model(task)
+        load_weights(model, state, self.weights_path(task))
+        return model.eval()
+
+    def grown_model(self, task: int) -> IncrementalViT:
+        """A network of the shape that it has after `task`; its weights mean nothing yet."""
+        model = self.new_model(task)
+        if self.run.training == "incremental":
+            for later in range(1, task + 1):
+                model.grow(len(self.scenario[later].labels))
+        return model
+
+    def table(self, name: str) -> pd.DataFrame | None:
+        """accuracy or training, or None before the first row."""
+        path = self.path / f"{name}.csv"
+        return TABLES[name].read(path) if path.exists() else None
+
+    def extend(self, name: str, rows: pd.DataFrame) -> None:
+        """Append rows to a table."""
+        old = self.table(name)
+        TABLES[name].write(rows if old is None else pd.concat([old, rows]), self.path / f"{name}.csv")
+
+    def memory(self, task: int) -> pd.DataFrame | None:
+        """Exemplars after `task`, or None."""
+        path = self.memory_path(task)
+        return MEMORY.read(path) if path.exists() else None
+
+    def memory_path(self, task: int) -> Path:
+        return self.path / "memory" / f"task_{task:02d}.csv"
+
+    def save_task(self, task: int, model: IncrementalViT) -> None:
+        """Write the weights that count for `task`; from then on the task is finished."""
+        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        atomically(self.weights_path(task), lambda part: save_file(state, part))
+        shutil.rmtree(self.path / "resume", ignore_errors=True)
+
+    def save_resume(self, state: dict[str, object]) -> None:
+        (self.path / "resume").mkdir(exist_ok=True)
+        atomically(self.path / "resume" / "state.pt", lambda part: torch.save(state, part))
+
+    def load_resume(self) -> dict[str, object] | None:
+        """The state inside an unfinished task, or None. A torn file counts as none: the task starts anew."""
+        try:
+            return torch.load(self.path / "resume" / "state.pt", weights_only=True, map_location="cpu")
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile):
+            return None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory against a second trainer. Raises ValueError when there is one."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is training in {self.path}") from None
+            yield
+
+
+def describe(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
+    """The run directory that `run` would have, without writing anything. Raises ValueError where run and data do not fit."""
+    path = Path(path)
+    order = class_order(run.class_order, len(dataset.classes))
+    if run.num_classes > len(order):
+        raise ValueError(f"num_classes={run.num_classes}, but {run.dataset} has {len(order)}")
+    order = order[: run.num_classes or None]
+    incremental, suffix = run.training == "incremental", "-" + run.training
+    directory = RunDir(
+        path, run, dataset.image_size, order, [dataset.classes[c] for c in order], dataset.mean, dataset.std,
+        versions(), git_state(),
+        joint_twin=f"{path.name}-joint" if incremental else None,
+        twin_of=path.name.removesuffix(suffix) if not incremental and path.name.endswith(suffix) else None,
+    )  # fmt: skip
+    directory.new_model(directory.planned_tasks[0])  # whatever does not fit together says so here
+    return directory
+
+
+def create(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
+    """Start a run directory, or open the one that is there if it holds the same run. Raises ValueError if another."""
+    path = Path(path)
+    if (path / "run.json").exists():
+        there = open_run(path)
+        differ = {f.name for f in dataclasses.fields(Run) if getattr(there.run, f.name) != getattr(run, f.name)}
+        differ -= {"data_dir", "recipe"}
+        if differ:
+            what = ", ".join(f"{n}={getattr(there.run, n)} there, {getattr(run, n)} asked" for n in sorted(differ))
+            raise ValueError(f"{path} holds another run ({what}); choose another --out")
+        return there
+    if path.exists() and (not path.is_dir() or any(p for p in path.iterdir() if p.name != ".lock")):
+        raise ValueError(f"{path} is not empty and holds no run.json; choose another --out")
+    directory = describe(path, run, dataset)
+    path.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "run": run.to_dict()}
+    content |= {k: v for k, v in vars(directory).items() if k not in ("path", "run")}
+    atomically(path / "run.json", lambda part: Path(part).write_text(json.dumps(content, indent=1) + "\n"))
+    return directory
+
+
+def open_run(path: str | Path) -> RunDir:
+    """Open a run directory. Raises ValueError when it is not there, no run, or of another version."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"no run directory {path}" + _neighbours(path))
+    if not (path / "run.json").is_file():
+        raise ValueError(f"{path} holds no run.json, so it is no run directory" + _neighbours(path / "*"))
+    try:
+        content = json.loads((path / "run.json").read_text())
+        version = content.pop("format")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path / 'run.json'} is damaged: it is not the JSON that a run writes") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} was written in format {version}; this version reads format {FORMAT}")
+    try:
+        run = Run.from_dict(content.pop("run"))
+        for field in ("image_size", "mean", "std"):
+            content[field] = tuple(content[field])
+        return RunDir(path, run, **content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'run.json'} does not fit this version: {error}") from None
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Strictly. Raises ValueError that names what does not fit or is not finite."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in state.items()}
+    odd = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
+    if odd:
+        shapes = f"{odd[0]}: {given.get(odd[0], 'missing')} in the file, {expected.get(odd[0], 'unknown')} in the model"
+        raise ValueError(f"{source} does not fit the model at {len(odd)} of {len(expected)} tensors ({shapes})")
+    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise ValueError(f"{source} holds NaN or infinite values in {bad[0]}")
+    model.load_state_dict(state)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError for a file that is truncated or something else."""
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
+
+
+def atomically(path: Path, write) -> None:
+    """write(part), then give the file its name: a reader sees the old file or the whole new one, also after a crash."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that numbers depend on."""
+    names = ("locality-probe", "torch", "timm", "numpy", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def git_state() -> str | None:
+    """Commit of the code, with `-dirty` if it is changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _neighbours(path: Path) -> str:
+    runs = sorted(p.parent.name for p in path.parent.glob("*/run.json"))
+    return f"; there: {', '.join(runs)}" if runs else ""

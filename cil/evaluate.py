@@ -1,0 +1,83 @@
+"""Predictions -> accuracy rows; Last, Avg, Fgt, BWT as pure functions of the T x T matrix.
+
+a[i, j] is the accuracy on task j's test images after task i, among all classes seen, no task id; NaN for j > i.
+`sizes` [T] are the tasks' test images: with them numbers are weighted by image (the headline), without by task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from cil.augment import normalize
+from cil.data import ImageSet
+from cil.scenario import Scenario
+
+
+def normalized_batches(images: Tensor, mean, std, device: str, batch_size: int = 256) -> Iterator[Tensor]:
+    """uint8 [n, 3, H, W] -> float batches under the test transform, on `device`."""
+    for batch in images.split(batch_size):
+        yield normalize(batch.to(device), mean, std)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, mean, std, device: str) -> Tensor:
+    """Predicted labels [n], in eval mode, in float32."""
+    model.eval()
+    return torch.cat([model(x).argmax(1).cpu() for x in normalized_batches(images, mean, std, device)])
+
+
+def accuracy_rows(model: nn.Module, test: ImageSet, scenario: Scenario, task: int, mean, std, device: str) -> pd.DataFrame:
+    """Rows of cil.tables.ACCURACY after `task`; test.labels are positions in the class order."""
+    rows = []
+    for on_task in range(task + 1):
+        indices = scenario[on_task].select(test.labels)
+        correct = int((predict(model, test.images[indices], mean, std, device) == test.labels[indices]).sum())
+        rows.append((task, on_task, len(indices), correct, correct / len(indices)))
+    return pd.DataFrame(rows, columns=["task", "on_task", "images", "correct", "accuracy"])
+
+
+def matrix(accuracy: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy table -> (a [T, T], sizes [T]); a task without a model (terminal joint training) is a row of NaN."""
+    sizes = accuracy.groupby("on_task")["images"].first()
+    a = accuracy.pivot(index="task", columns="on_task", values="accuracy").reindex(index=sizes.index)
+    return a.to_numpy(), sizes.to_numpy()
+
+
+def seen(a: np.ndarray, sizes: np.ndarray | None = None) -> np.ndarray:
+    """Accuracy over all classes seen after each task [T]: sum_j n_j a[i, j] / sum_j n_j, j <= i."""
+    sizes = np.ones(len(a)) if sizes is None else np.asarray(sizes, float)
+    return np.array([np.average(a[i, : i + 1], weights=sizes[: i + 1]) for i in range(len(a))])
+
+
+def last(a: np.ndarray, sizes: np.ndarray | None = None) -> float:
+    """Last: `seen` after the last task."""
+    return float(seen(a, sizes)[-1])
+
+
+def average(a: np.ndarray, sizes: np.ndarray | None = None) -> float:
+    """Avg, average incremental accuracy: mean of `seen` over the tasks, task 0 included."""
+    return float(seen(a, sizes).mean())
+
+
+def forgetting(a: np.ndarray, sizes: np.ndarray | None = None) -> float:
+    """Fgt: mean over j < T-1 of max over l in j..T-2 of a[l, j], minus a[T-1, j]. NaN for one task."""
+    return _over_old_tasks([np.max(a[j : len(a) - 1, j]) - a[-1, j] for j in range(len(a) - 1)], sizes)
+
+
+def backward_transfer(a: np.ndarray, sizes: np.ndarray | None = None) -> float:
+    """BWT: mean over j < T-1 of a[T-1, j] - a[j, j]. NaN for one task."""
+    return _over_old_tasks([a[-1, j] - a[j, j] for j in range(len(a) - 1)], sizes)
+
+
+def _over_old_tasks(values: list[float], sizes: np.ndarray | None) -> float:
+    if not values:
+        return float("nan")
+    return float(np.average(values, weights=None if sizes is None else np.asarray(sizes, float)[:-1]))
+
+
+METRICS = {"Last": last, "Avg": average, "Fgt": forgetting, "BWT": backward_transfer}

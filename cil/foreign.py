@@ -1,0 +1,91 @@
+"""Weights under other names: what the trainers of LPA, DyTox and ConViT-like baselines save, read into our network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cil.checkpoint import load_weights
+from cil.models import IncrementalViT
+from cil.run import Run
+
+# Released name -> ours, in order. The class-token model carries its blocks twice: `transformer_blocks.*` are dropped.
+NAMES = [
+    (r"^module\.", ""),
+    (r"^sabs\.", "blocks."),
+    (r"^tabs\.0\.", "task_block."),
+    (r"^task_tokens\.", "tokens."),
+    (r"^cls_token$", "tokens.0"),
+    (r"^head\.(\d+)\.head\.", r"heads.\1.fc."),
+    (r"^head\.(\d+)\.norm\.", r"heads.\1.norm."),
+    (r"^head_div\.head\.", "div_head.fc."),
+    (r"^head_div\.norm\.", "div_head.norm."),
+    (r"\.attn\.gating_param$", ".attn.gate"),
+    (r"\.attn\.pos_proj\.bias$", ".attn.pos_bias"),
+    (r"\.attn\.pos_proj\.weight$", ".attn.pos_weight"),
+]
+
+
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Released names and layouts -> ours. LPA's fourth positional column is lambda: its own parameter here."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, ours in NAMES:
+            name = re.sub(pattern, ours, name)
+        if name.startswith("transformer_blocks."):
+            continue
+        if name.endswith(".attn.pos_weight") and tensor.shape[1] == 4:
+            renamed[name.replace("pos_weight", "content_scale")] = tensor[:, 3].clone()
+            tensor = tensor[:, :3].clone()
+        renamed[name] = tensor
+    return renamed
+
+
+def read(state: dict[str, Tensor], source: Path) -> IncrementalViT:
+    """The network that released weights belong to, in eval mode; its architecture is told from names and shapes.
+
+    Heads come from the positional weights, so at least one block must be GPSA or LPA; the image is taken as square.
+    Raises ValueError when the names are not those of these trainers.
+    """
+    state = rename(state)
+    positional = [v for k, v in state.items() if k.endswith(".attn.pos_weight")]
+    if not positional or "pos_embed" not in state or "patch_embed.proj.weight" not in state:
+        raise ValueError(f"{source} does not hold the weights of an LPA, DyTox or baseline network")
+    dim, patch = state["patch_embed.proj.weight"].shape[0], state["patch_embed.proj.weight"].shape[-1]
+    side = round(state["pos_embed"].shape[1] ** 0.5)
+    depth = 1 + len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    n_lpa = sum(k.endswith(".attn.content_scale") for k in state)
+    tokens = sum(k.startswith("tokens.") for k in state)
+    heads = sorted((int(k.split(".")[1]), len(v)) for k, v in state.items() if re.match(r"heads\.\d+\.fc\.bias", k))
+    run = Run(
+        method="dytox" if tokens > 1 or "div_head.fc.bias" in state else "baseline",
+        dim=dim, num_heads=len(positional[0]), depth=depth, patch_size=patch, n_lpa=n_lpa,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+    )  # fmt: skip
+    model = IncrementalViT(run, (side * patch, side * patch))
+    for _, num_classes in heads:
+        model.grow(num_classes, divergence="div_head.fc.bias" in state)
+    load_weights(model, state, source)
+    return model.eval()
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth file, without unpickling objects; under `model` or `state_dict` if it is nested.
+
+    Raises ValueError for a file that is truncated, something else, or holds more than weights.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ValueError(f"no weights file {path}") from None
+    except Exception as error:  # torch raises a different class for each way in which a file is wrong
+        raise ValueError(f"{path} is truncated or holds more than weights ({str(error).splitlines()[0]})") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        raise ValueError(f"{path} holds no state dict")
+    return content

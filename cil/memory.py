@@ -1,0 +1,45 @@
+"""What is kept of old classes: exemplar indices by iCaRL herding, within one budget."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def herd(features: Tensor, m: int) -> list[int]:
+    """The m rows of features [n, d] that iCaRL's herding picks, in order (arXiv 1611.07725, algorithm 4).
+
+    Features are L2-normalised, mu is their mean; w starts at mu; again and again the row with the largest w.f is picked
+    if it is new, and w += mu - f. At most 1000 turns; fewer than m rows come back when there are fewer to pick.
+    """
+    features = F.normalize(features.double(), dim=1)
+    mu = features.mean(0)
+    w, picked = mu.clone(), []
+    for _ in range(1000):
+        if len(picked) >= min(m, len(features)):
+            break
+        best = int((features @ w).argmax())
+        if best not in picked:
+            picked.append(best)
+        w = w + mu - features[best]
+    return picked
+
+
+def budget_per_class(budget: int, classes_seen: int) -> int:
+    """floor(budget / classes seen): the same for every class."""
+    return budget // classes_seen
+
+
+def remember(old: pd.DataFrame | None, features: Tensor, labels: Tensor, indices: Tensor, m: int) -> pd.DataFrame:
+    """The memory after a task: old classes keep their first m exemplars, new ones get m by herding.
+
+    old: rows of cil.tables.MEMORY or None; features [n, d], labels [n] and data-set indices [n] are of the new classes.
+    """
+    rows = [] if old is None else [old[old["rank"] < m]]
+    for label in labels.unique().tolist():
+        mine = (labels == label).nonzero().squeeze(1)
+        chosen = indices[mine[torch.tensor(herd(features[mine], m), dtype=torch.long)]]
+        rows.append(pd.DataFrame({"label": label, "rank": range(len(chosen)), "image": chosen.tolist()}))
+    return pd.concat(rows, ignore_index=True)

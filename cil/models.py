@@ -1,0 +1,137 @@
+"""The network: patch embedding, self-attention blocks, one task-attention block, and heads that grow with the tasks."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from cil.attention import GPSA, LPA, SelfAttention, TaskAttention
+from cil.methods import METHODS
+from cil.run import Run
+
+
+class Block(nn.Module):
+    """Self-attention block, pre-norm: x + attn(norm1(x)), x + mlp(norm2(x)); [B, N, dim] -> [B, N, dim]."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class TaskBlock(Block):
+    """Task-attention block: tokens [B, T, dim] look at themselves and the patches [B, N, dim]; residual on the tokens."""
+
+    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        tokens = tokens + self.drop(self.attn(self.norm1(tokens), self.norm1(patches)))
+        return tokens + self.drop(self.mlp(self.norm2(tokens)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Stochastic depth, drawn separately per token, as in DyTox."""
+        return self.drop_path(x.flatten(0, 1)).view_as(x)
+
+
+class Head(nn.Sequential):
+    """LayerNorm + Linear: [..., dim] -> [..., classes]"""
+
+    def __init__(self, dim: int, num_classes: int, init_std: float):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+        init_weights(self, init_std)
+
+
+class IncrementalViT(nn.Module):
+    """ConViT-like network of the paper's baseline and of DyTox; `grow` adds the classes of a task.
+
+    Images [B, 3, H, W] -> forward_features: token(s) [B, T, dim] -> forward_head: logits [B, classes seen].
+    """
+
+    def __init__(self, run: Run, image_size: tuple[int, int]):
+        super().__init__()
+        if any(side % run.patch_size for side in image_size):
+            raise ValueError(f"patch_size={run.patch_size} does not divide the image size {image_size}")
+        self.token_per_task = METHODS[run.method].token_per_task
+        self.patch_embed = PatchEmbed(image_size, run.patch_size, 3, run.dim)
+        self.grid = self.patch_embed.grid_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], run.dim))
+        drop_path = torch.linspace(0, run.drop_path, run.depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(run.dim, self_attention(run, index, self.grid), run.mlp_ratio, drop_path[index])
+            for index in range(run.depth - 1)
+        )
+        self.task_block = TaskBlock(
+            run.dim, TaskAttention(run.dim, run.num_heads, self.grid), run.mlp_ratio, drop_path[-1]
+        )
+        self.tokens = nn.ParameterList()  # one class token, or one token a task: [1, 1, dim] each
+        self.heads = nn.ModuleList()  # one a task
+        self.div_head: Head | None = None
+        self.init_std = run.init_std
+        init_weights(self, run.init_std)
+        nn.init.trunc_normal_(self.pos_embed, std=run.init_std)
+        for block in self.blocks:
+            if hasattr(block.attn, "pos_weight"):  # local attention starts with local values
+                nn.init.eye_(block.attn.v.weight)
+
+    def grow(self, num_classes: int, divergence: bool = False) -> None:
+        """Add a task of `num_classes` classes: a head, a token where the method has one a task, a new divergence head."""
+        dim = self.pos_embed.shape[-1]
+        device = self.pos_embed.device
+        if self.token_per_task or not self.tokens:
+            token = nn.init.trunc_normal_(torch.zeros(1, 1, dim), std=self.init_std)
+            self.tokens.append(nn.Parameter(token.to(device)))
+        self.heads.append(Head(dim, num_classes, self.init_std).to(device))
+        self.div_head = Head(dim, num_classes + 1, self.init_std).to(device) if divergence else None
+
+    def forward_patches(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, dim]"""
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the tokens that the heads read, [B, T, dim]"""
+        patches = self.forward_patches(x)
+        return self.task_block(torch.cat(list(self.tokens), dim=1).expand(len(x), -1, -1), patches)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """[B, T, dim] -> logits [B, classes seen]: head t reads token t, or all heads the one class token"""
+        return torch.cat([head(features[:, t if self.token_per_task else 0]) for t, head in enumerate(self.heads)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def self_attention(run: Run, index: int, grid: tuple[int, int]) -> nn.Module:
+    """The attention layer of block `index`: LPA in the first n_lpa blocks, run.attention in the others."""
+    return ATTENTION["lpa" if index < run.n_lpa else run.attention](run, grid)
+
+
+# A new attention is a line here: a function of the run and the grid. It offers attention_map, grid, num_prefix_tokens.
+ATTENTION = {
+    "mhsa": lambda run, grid: SelfAttention(run.dim, run.num_heads, grid),
+    "gpsa": lambda run, grid: GPSA(
+        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads
+    ),
+    "lpa": lambda run, grid: LPA(
+        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads,
+        lambda_init=run.lambda_init, lambda_init_mode=run.lambda_init_mode,
+    ),
+}  # fmt: skip
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Linear layers: truncated normal, bias 0 (protocol, section 2, where std is 0.02)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

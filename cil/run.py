@@ -1,0 +1,168 @@
+"""Run: everything that one training needs, frozen, and the one door to randomness."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Defaults are the paper's CIFAR-100 B10-10 baseline (protocol of arXiv 2304.06971, section 4)."""
+
+    recipe: str = ""  # the name it was made from
+    seed: int = 0
+    training: str = "incremental"  # incremental | joint (per step: a fresh model on tasks 0..t) | joint-terminal
+
+    # data
+    dataset: str = "cifar100"  # digits | cifar100 | folder:PATH
+    data_dir: str = "data"  # where cifar100 lies
+    image_size: int = 0  # pixels; 0: as the data set has it
+    scenario: str = "B10-10"
+    class_order: str = "icarl"  # icarl | alphabetical
+    num_classes: int = 0  # the first so many of the class order; 0: all
+    images_per_class: int = 0  # training images; 0: all
+
+    # model
+    method: str = "baseline"  # baseline | dytox
+    dim: int = 384
+    num_heads: int = 12
+    depth: int = 6  # depth - 1 self-attention blocks and one task-attention block
+    patch_size: int = 4
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.1
+    init_std: float = 0.02  # of linear layers, tokens and position embedding; networks narrower than the paper's want more
+    attention: str = "gpsa"  # gpsa | mhsa: the self-attention blocks that are not LPA
+    n_lpa: int = 0  # LPA blocks, from the shallow end
+    locality_strength: float = 1.0
+    lambda_init: float = 0.02
+    lambda_init_mode: str = "constant"  # constant (paper) | normal (released code)
+    extra_heads: str = "random"  # random | uniform: heads beyond the K x K that have an offset
+
+    # optimisation
+    epochs_first: int = 500
+    epochs: int = 600
+    batch_size: int = 256
+    lr_first: float = 2.5e-4
+    lr: float = 4e-4
+    lr_min: float = 1e-5
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    weight_decay: float = 1e-6
+    finetune_epochs: int = 20
+    finetune_lr: float = 5e-5
+    amp: str = "none"  # none | bf16
+
+    # augmentation
+    crop_padding: int = 4
+    flip: bool = True
+    rand_augment: str = "rand-m9-mstd0.5-inc1"  # empty: none
+    mixup: float = 0.8
+    smoothing: float = 0.1
+
+    # against forgetting
+    memory: int = 2000  # exemplars in all
+    kd: bool = True
+    kd_tau: float = 1.0
+    kd_rows: str = "old"  # old (LPA release: rows whose own label is of an old task) | all (DyTox)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), CHOICES.get(field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}={value!r} is none of {', '.join(choices)}")
+        for name in AT_LEAST_ONE + AT_LEAST_ZERO:
+            low = int(name in AT_LEAST_ONE)
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}")
+        if self.depth < 2:
+            raise ValueError(f"depth={self.depth} must be at least 2: self-attention blocks and one task-attention block")
+        if self.n_lpa > self.depth - 1:
+            raise ValueError(f"n_lpa={self.n_lpa} is more than the {self.depth - 1} self-attention blocks of depth={self.depth}")
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> Run:
+        """The inverse of `to_dict`. Raises ValueError for a missing or unknown key: nothing is silently defaulted."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        missing, unknown = [n for n in names if n not in values], [n for n in values if n not in names]
+        if missing or unknown:
+            raise ValueError(f"the run lacks {missing} and has the unknown {unknown}: it was written by another version")
+        return cls(**values)
+
+    def change(self, settings: list[str]) -> Run:
+        """This run with `key=value` settings, parsed to the type of the field. Raises ValueError naming what is near."""
+        types, changes = typing.get_type_hints(type(self)), {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise ValueError(f"{setting!r} is not key=value")
+            if key not in types:
+                near = difflib.get_close_matches(key, types, n=3, cutoff=0.5)
+                raise ValueError(f"no setting {key!r}; near: {', '.join(near)}" if near else
+                                 f"no setting {key!r}; there are: {', '.join(types)}")  # fmt: skip
+            changes[key] = _parse(key, text, types[key])
+        return dataclasses.replace(self, **changes)
+
+    def joint(self, terminal: bool = False) -> Run:
+        """The joint-learning counterpart: same everything but `training`."""
+        return dataclasses.replace(self, training="joint-terminal" if terminal else "joint")
+
+    def is_twin_of(self, other: Run) -> bool:
+        """Whether the two are equal in everything that the science depends on, except `training`."""
+        free = {"training": "joint", "recipe": "", "data_dir": ""}
+        return dataclasses.replace(self, **free) == dataclasses.replace(other, **free)
+
+
+CHOICES = {
+    "training": ("incremental", "joint", "joint-terminal"),
+    "class_order": ("icarl", "alphabetical"),
+    "method": ("baseline", "dytox"),
+    "attention": ("gpsa", "mhsa"),
+    "lambda_init_mode": ("constant", "normal"),
+    "extra_heads": ("random", "uniform"),
+    "amp": ("none", "bf16"),
+    "kd_rows": ("old", "all"),
+}
+AT_LEAST_ONE = ["dim", "num_heads", "patch_size", "epochs_first", "epochs", "batch_size"]
+AT_LEAST_ZERO = [
+    "seed", "image_size", "num_classes", "images_per_class", "n_lpa", "warmup_epochs", "finetune_epochs",
+    "crop_padding", "mixup", "smoothing", "memory",
+]  # fmt: skip
+
+
+def _parse(key: str, text: str, kind: type) -> object:
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError(f"{key}={text!r} is neither true nor false")
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key}={text!r} is not of type {kind.__name__}") from None
+
+
+@contextlib.contextmanager
+def randomness(seed: int, *where: object) -> Iterator[torch.Generator]:
+    """Every random draw of a run happens inside one of these, named for its place: `randomness(seed, task, phase, epoch)`.
+
+    Torch's own generators are seeded for the body and come back as they were. Because a place names its stream, a run
+    that goes on after an interruption needs no generator state.
+    """
+    digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+        yield torch.default_generator

@@ -1,0 +1,111 @@
+"""Tables with declared columns: the only thing that goes up the stairs from training to measuring to drawing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tidy table: `keys` name a row, `values` are measured for it. Both map a column to (dtype, unit and meaning)."""
+
+    name: str
+    keys: dict[str, tuple[str, str]]
+    values: dict[str, tuple[str, str]]
+
+    @property
+    def columns(self) -> dict[str, tuple[str, str]]:
+        """Every column in order: keys first."""
+        return {**self.keys, **self.values}
+
+    def check(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """`frame` with exactly the declared columns, in order and dtype.
+
+        Raises ValueError that names a missing or unknown column, a value of the wrong kind, or a repeated key.
+        """
+        missing = [c for c in self.columns if c not in frame]
+        unknown = [c for c in frame if c not in self.columns]
+        if missing or unknown:
+            wrong = [f"lacks {missing}"] * bool(missing) + [f"has the unknown {unknown}"] * bool(unknown)
+            raise ValueError(f"table {self.name} {' and '.join(wrong)}; its columns are {list(self.columns)}")
+        frame = frame[list(self.columns)].reset_index(drop=True)
+        for column, (dtype, _) in self.columns.items():
+            try:
+                frame[column] = frame[column].astype(dtype)
+            except (ValueError, TypeError):
+                raise ValueError(f"table {self.name}: column {column} holds values that are not {dtype}") from None
+        repeated = frame[frame.duplicated(list(self.keys))]
+        if len(repeated):
+            raise ValueError(f"table {self.name} repeats the key {dict(repeated[list(self.keys)].iloc[0])}")
+        return frame
+
+    def write(self, frame: pd.DataFrame, path: str | Path) -> Path:
+        """Write as CSV or Parquet by the suffix of `path`; a reader sees the old file or the new one, never a half."""
+        path, frame = Path(path), self.check(frame)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            frame.to_parquet(part, index=False) if path.suffix == ".parquet" else frame.to_csv(part, index=False)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def read(self, path: str | Path) -> pd.DataFrame:
+        """The table in `path`. Raises ValueError when it is no such table."""
+        path = Path(path)
+        try:
+            # Text columns may hold "" and "nan": only numbers have missing values here.
+            text = {c: str for c, (dtype, _) in self.columns.items() if dtype == "str"}
+            frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=text)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is not there") from None
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is no readable table: {str(error).splitlines()[0]}") from None
+        for column in text:
+            if column in frame:
+                frame[column] = frame[column].fillna("")
+        return self.check(frame)
+
+
+ACCURACY = Table(
+    "accuracy",
+    keys={
+        "task": ("int64", "the last task trained, from 0"),
+        "on_task": ("int64", "the task whose test images are classified, from 0, at most `task`"),
+    },
+    values={
+        "images": ("int64", "test images of `on_task`"),
+        "correct": ("int64", "of them classified correctly among all classes seen, without a task id"),
+        "accuracy": ("float64", "correct / images, 0 to 1"),
+    },
+)
+
+TRAINING = Table(
+    "training",
+    keys={
+        "task": ("int64", "from 0"),
+        "phase": ("str", "fit, or finetune (balanced, on the memory alone)"),
+        "epoch": ("int64", "from 0"),
+    },
+    values={
+        "steps": ("int64", "optimiser steps in the epoch"),
+        "images": ("int64", "images drawn in the epoch"),
+        "loss": ("float64", "mean total loss, nats"),
+        "accuracy": ("float64", "of the augmented training batches against the larger mixup share, 0 to 1"),
+        "lr": ("float64", "learning rate"),
+        "seconds": ("float64", "wall-clock time of the epoch"),
+    },
+)
+
+MEMORY = Table(
+    "memory",
+    keys={
+        "label": ("int64", "position of the class in the class order"),
+        "rank": ("int64", "order in which herding picked the image, from 0"),
+    },
+    values={"image": ("int64", "index into the training set as its data set module loads it")},
+)

@@ -1,0 +1,5 @@
+"""python -m locality_probe is the command locality-probe."""
+
+from locality_probe.cli import main
+
+main()

@@ -1,0 +1,210 @@
+"""The command line: parse, one call, echo. Nothing heavy is imported before a command runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from locality_probe import __version__
+
+
+class OneSentence(click.Group):
+    """A group whose commands fail with one clear sentence: exit 1 for what failed, 2 for what was typed wrongly."""
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror or error}") from None
+
+
+def typed(call: Callable, *args: object) -> object:
+    """call(*args), where a ValueError is about what the user typed."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def device_option(command: Callable) -> Callable:
+    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: cuda where it is.")(command)
+
+
+def resolve_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"no device {name!r} here ({str(error).splitlines()[0]})") from None
+    return name
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def main() -> None:
+    """Does a vision transformer keep looking locally while it learns class after class, and does it pay?"""
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
+@click.option("--data", "data_dir", help="Where cifar100 lies: short for --set data_dir=...")
+@click.option("--download", is_flag=True, help="Fetch CIFAR-100 into --data first.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
+@click.option("--dry-run", is_flag=True, help="Print tasks, images and steps; train nothing.")
+@device_option
+def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -> None:
+    """Train RECIPE class after class, or go on with it where it was.
+
+    NAME-joint is the joint counterpart of recipe NAME: a fresh model for each task on all classes seen by then;
+    NAME-joint-terminal is one model on all classes. `locality-probe recipes` lists the names.
+    """
+    from cil import data, recipes
+
+    settings = [*settings, *([f"data_dir={data_dir}"] if data_dir else [])]
+    run = typed(lambda: recipes.find(recipe).change(settings))
+    import torch
+
+    from cil.train import describe_plan
+    from cil.train import train as train_run
+    from locality_probe.progress import training
+
+    if threads:
+        torch.set_num_threads(threads)
+    if download:
+        data.download_cifar100(run.data_dir)
+    if dry_run:
+        click.echo(describe_plan(run))
+        return
+    out = out or Path("runs") / recipe
+    with training(out.name) as report:
+        directory = train_run(run, out, resolve_device(device), report)
+    click.echo(f"{directory.path}: tasks {directory.tasks[0]} to {directory.tasks[-1]} finished; {scores(directory)}")
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes; each also has -joint and -joint-terminal."""
+    from cil.recipes import RECIPES
+
+    for name, function in RECIPES.items():
+        click.echo(f"{name}\n    {' '.join(function.__doc__.split())}")
+
+
+@main.command()
+@click.argument("ckpts", nargs=-1, metavar="[CKPT_DIR|WEIGHTS]...")
+@click.option("--model", metavar="timm/NAME", help="Measure a timm model instead.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
+@click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from timm's hub.")
+@click.option("--images", help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, folder:PATH, or "
+              "photos (two).  [default: the run's test images; photos for --model]")  # fmt: skip
+@click.option("--n", type=click.IntRange(1), help="Number of images.  [default: 256, or all of a smaller set]")
+@click.option("--seed", default=0, show_default=True, help="Draws the images.")
+@click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")
+@click.option("--data", "data_dir", help="Where cifar100 lies.  [default: where the run found it]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables.  [default: the first CKPT_DIR, or .]")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows of nonlocality.csv as one JSON list, nothing else.")
+@device_option
+def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir, out, as_json, device) -> None:
+    """Nonlocality D_loc of every task, layer and head of runs, with the joint twin beside each if it is there.
+
+    Writes nonlocality.csv, per-image values (nonlocality_images.parquet), layers.csv (what was measured and what was
+    skipped, and why) and measurement.json (the images).
+    """
+    if bool(ckpts) == bool(model):
+        raise click.UsageError("give run directories or weights files, or --model timm/NAME")
+    if (weights or pretrained) and not model:
+        raise click.UsageError("--weights and --pretrained go with --model")
+    from locality_probe import survey
+    from locality_probe.progress import counter
+
+    plan = survey.plan(
+        list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir, warn=lambda s: click.echo(s, err=True)
+    )  # fmt: skip
+    with counter(len(plan.subjects), "models measured") as report:
+        result = survey.survey((make() for make in plan.subjects), plan.images, resolve_device(device), report)
+    paths = result.write(out or plan.out)
+    if as_json:
+        click.echo(result.nonlocality.to_json(orient="records", double_precision=15))
+        return
+    click.echo(survey.format_table(result.nonlocality))
+    for row in result.layers[result.layers["status"] != "ok"].drop_duplicates(["name", "reason"]).itertuples():
+        click.echo(f"skipped layer {row.layer} ({row.name}, {row.kind}): {row.reason}")
+    click.echo(f"wrote {', '.join(map(str, paths))}")
+
+
+@main.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--ckpt", "ckpts", multiple=True, metavar="RUN_DIR[:TASK]", help="TASK: a number, init or all; repeatable.  "
+              "[default: the newest run under runs/]")  # fmt: skip
+@click.option("--model", metavar="timm/NAME", help="Look through a timm model instead.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
+@click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from timm's hub.")
+@click.option("--layer", default="all", show_default=True, help="Number from 0, or all.")
+@click.option("--head", default="mean", show_default=True, help="Number from 0, mean or all.")
+@click.option("--query", default="mean", show_default=True, help="mean, cls, or a patch as ROW,COLUMN from 0.")
+@click.option("--scale", type=click.Choice(["shared", "each"]), default="shared", show_default=True, help="Colour range.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]")
+def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale, out) -> None:
+    """Attention over IMAGE from a query; several checkpoints side by side. The raw array lies beside the picture."""
+    if ckpts and model:
+        raise click.UsageError("give --ckpt or --model, not both")
+    if (weights or pretrained) and not model:
+        raise click.UsageError("--weights and --pretrained go with --model")
+    from cil.data import open_image
+    from figures import attention_maps, style
+    from locality_probe import heatmap as maps
+    from locality_probe.subject import from_model_option
+
+    out = out or Path(f"{image.stem}_heatmap.png")
+    typed(style.check_suffix, out)
+    opened = open_image(image)
+    if model:
+        subjects = [from_model_option(model, weights, pretrained, warn=lambda s: click.echo(s, err=True))]
+    else:
+        specs = list(ckpts) or [str(newest) for newest in [maps.newest_run()] if newest]
+        if not specs:
+            raise click.UsageError(
+                "no model: give --ckpt RUN_DIR or --model timm/NAME, or make a run with `locality-probe demo`"
+            )
+        subjects = [make() for spec in specs for make in maps.parse_checkpoint(spec)]
+    found = maps.heat_maps(subjects, opened, layer, head, query)
+    figure = attention_maps.draw(
+        found.image, found.maps, found.row_labels, found.column_labels, scale=scale, query=found.query, title=found.title
+    )
+    style.save(figure, out)
+    raw = found.save(out.with_suffix(".npz"))
+    click.echo(f"wrote {out} and {raw}")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+def demo(out) -> None:
+    """Train, measure and draw on embedded digits: baseline and baseline + LPA with their joint twins; a few minutes.
+
+    Interrupted and started again, it goes on where it was.
+    """
+    from figures.demo import run_demo
+
+    run_demo(out, click.echo)
+
+
+def scores(directory) -> str:
+    """Last, Avg, Fgt, BWT of a run, in percent."""
+    from cil.evaluate import METRICS, matrix
+
+    a, sizes = matrix(directory.table("accuracy"))
+    values = {name: 100 * metric(a, sizes) for name, metric in METRICS.items()}
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items() if value == value)

@@ -1,0 +1,112 @@
+"""The images that a model is measured on: a fixed, recorded set, from a data set, a folder or an array."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cil import data
+from locality_probe.subject import Subject
+
+
+DEFAULT_N = 256
+
+
+@dataclass(frozen=True)
+class ProbeImages:
+    """Some images of a source: `items` are Pillow images, or normalised float tensors [3, H, W] taken as they are."""
+
+    source: str
+    index: list[int]  # place of each image in its source
+    items: list[Image.Image] | Tensor
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, subject: Subject, batch_size: int) -> Iterator[Tensor]:
+        """Float [b, 3, H, W] as `subject` takes them."""
+        for start in range(0, len(self), batch_size):
+            part = self.items[start : start + batch_size]
+            yield part if isinstance(part, Tensor) else torch.stack([subject.preprocess(image) for image in part])
+
+    def describe(self) -> dict[str, object]:
+        """What measurement.json keeps."""
+        return {"source": self.source, "n": len(self), "index": self.index, "sha256": self.sha256}
+
+
+def load_images(
+    source: str, n: int | None, seed: int = 0, data_dir: str | Path = "data", classes: list[int] | None = None
+) -> ProbeImages:
+    """n images of `source`, drawn without replacement by `seed` and kept in the source's order; None: 256, or all if fewer.
+
+    source: a folder of image files, a .npy or .npz file with floats [n, 3, H, W] that are already normalised, or the test
+    images of digits, cifar100, folder:PATH, or `photos`: the two of scikit-learn.
+    classes: of a data set, only these (original class numbers).
+    Raises ValueError for an unknown source, n beyond its size, and values that are not finite.
+    """
+    items, name, eligible = _open(source, data_dir, classes)
+    if not len(eligible):
+        raise ValueError(f"no images in {source}")
+    n = min(DEFAULT_N, len(eligible)) if n is None else n
+    if not 1 <= n <= len(eligible):
+        raise ValueError(f"n={n} is not between 1 and the {len(eligible)} images of {source}")
+    generator = torch.Generator().manual_seed(seed)
+    index = eligible[torch.randperm(len(eligible), generator=generator)[:n]].sort().values.tolist()
+    chosen = items[torch.tensor(index)] if isinstance(items, Tensor) else [items[i] for i in index]
+    digest = hashlib.sha256()
+    for item in chosen:
+        digest.update(item.numpy().tobytes() if isinstance(item, Tensor) else item.tobytes())
+    return ProbeImages(name, index, chosen, digest.hexdigest())
+
+
+def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple[Tensor | list, str, Tensor]:
+    """Images, the name of their source, and the places [m] of those that may be drawn."""
+    path = Path(source)
+    if source.partition(":")[0] in data.DATASETS and not path.is_dir():
+        test = data.load(source, data_dir).test
+        images = [Image.fromarray(pixels) for pixels in test.images.permute(0, 2, 3, 1).numpy()]
+        wanted = torch.ones(len(test), dtype=torch.bool) if classes is None else torch.isin(test.labels, torch.tensor(classes))
+        return images, f"{source}, test", wanted.nonzero().squeeze(1)
+    if path.suffix in (".npy", ".npz"):
+        images = _array(path)
+    elif source == "photos":
+        from sklearn.datasets import load_sample_images
+
+        images = [Image.fromarray(photo) for photo in load_sample_images().images]
+    elif path.is_dir():
+        images = [data.open_image(file) for file in data.image_files(path)]
+    else:
+        raise ValueError(f"no images {source!r}: give a folder, a .npy or .npz file, digits, cifar100, folder:PATH or photos")
+    return images, source, torch.arange(len(images))
+
+
+def _array(path: Path) -> Tensor:
+    """Float [n, 3, H, W] of a .npy file, or of the only array (or the one called images) of a .npz file."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            with loaded as arrays:
+                name = "images" if "images" in arrays.files else arrays.files[0]
+                if name != "images" and len(arrays.files) != 1:
+                    raise ValueError(f"it holds {arrays.files}, and none is called images")
+                loaded = arrays[name]
+    except FileNotFoundError:
+        raise ValueError(f"no images file {path}") from None
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise ValueError(f"{path} is no array of images ({error})") from None
+    except Exception as error:  # zipfile and zlib raise their own for torn .npz files
+        raise ValueError(f"{path} is truncated ({error})") from None
+    if loaded.ndim != 4 or loaded.shape[1] != 3 or loaded.dtype.kind != "f":
+        raise ValueError(f"{path} holds {loaded.dtype} {loaded.shape}, not normalised floats [n, 3, H, W]")
+    bad = ~np.isfinite(loaded).all(axis=(1, 2, 3))
+    if bad.any():
+        raise ValueError(f"{path} holds NaN or infinite values in image {int(bad.argmax())}")
+    return torch.from_numpy(loaded.astype(np.float32))

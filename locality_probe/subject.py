@@ -1,0 +1,114 @@
+"""What is measured: a network, where it stands among tasks, and how it takes an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cil import augment, checkpoint, data, foreign
+from cil.checkpoint import RunDir
+from locality_probe.tables import INITIAL
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network at one task. `crop`: a Pillow image -> what the network sees of it; `normalize`: pixels -> its input."""
+
+    run: str
+    pair: str
+    training: str
+    task: int
+    model: nn.Module
+    crop: Callable[[Image.Image], Image.Image]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Any Pillow image -> float [3, H, W]."""
+        pixels = data.to_tensor(self.crop(image.convert("RGB")))
+        return augment.normalize(pixels[None], self.mean, self.std)[0]
+
+
+def from_run(directory: RunDir, task: int) -> Subject:
+    """A checkpoint of a run; task -1 is the run's network as initialised, from its seed, before task 0."""
+    if task != INITIAL:
+        model = directory.model(task)
+    else:
+        model = directory.new_model(directory.planned_tasks[0]).eval()
+    return Subject(
+        directory.name, directory.twin_of or directory.name, directory.run.training, task, model,
+        lambda image: data.cover(image, directory.image_size), directory.mean, directory.std,
+    )  # fmt: skip
+
+
+def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
+    """A timm model with its own data config; from a file, from timm's hub, or untrained by `seed`.
+
+    Raises ValueError for a name that timm does not know and weights that do not fit.
+    """
+    import difflib
+
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(name, pretrained=pretrained)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"timm cannot make {name}: {reason}") from None
+    if weights is not None:
+        checkpoint.load_weights(model, read_weights(weights), weights)
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    crop = [step for step in transform.transforms if "Tensor" not in type(step).__name__ and "Normalize" not in type(step).__name__]
+
+    def cut(image: Image.Image) -> Image.Image:
+        for step in crop:
+            image = step(image)
+        return image
+
+    return Subject(name, name, "model", 0, model.eval(), cut, config["mean"], config["std"])
+
+
+def from_model_option(option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None]) -> Subject:
+    """The command line's --model timm/NAME. Raises ValueError for another library."""
+    library, _, name = option.partition("/")
+    if library != "timm" or not name:
+        raise ValueError(f"--model {option!r} is not of the form timm/NAME, like timm/vit_small_patch16_224")
+    if weights is None and not pretrained:
+        warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
+    return from_timm(name, weights, pretrained)
+
+
+def from_file(path: Path) -> Subject:
+    """A weights file: one of our runs' by the run.json beside it, else by the names of the LPA and DyTox releases."""
+    if not path.is_file():
+        raise ValueError(f"no weights file {path}")
+    if (path.parent / "run.json").is_file() and path.suffix == ".safetensors":
+        directory = checkpoint.open_run(path.parent)
+        for task in directory.tasks:
+            if directory.weights_path(task).name == path.name:
+                return from_run(directory, task)
+        raise ValueError(f"{path} is none of the run's tasks {directory.tasks}")
+    model = foreign.read(read_weights(path), path)
+    size = tuple(g * p for g, p in zip(model.grid, model.patch_embed.patch_size, strict=True))
+    return Subject(
+        path.stem, path.stem, "model", len(model.heads) - 1, model,
+        lambda image: data.cover(image, size), data.CIFAR100_MEAN, data.CIFAR100_STD,
+    )  # fmt: skip
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, never unpickled. Raises ValueError for what is missing, empty, truncated or more than weights."""
+    if not path.is_file():
+        raise ValueError(f"no weights file {path}")
+    return checkpoint.read_safetensors(path) if path.suffix == ".safetensors" else foreign.read_pth(path)

@@ -166,7 +166,9 @@ def positional_scores(weight: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Te
 
     w.r_ij is the sum of the two: a function of dy alone and one of dx alone. Float32 also under autocast.
     """
-    dy, dx = (torch.arange(g, device=weight.device)[None, :] - torch.arange(g, device=weight.device)[:, None] for g in grid)
+    dy, dx = (
+        torch.arange(g, device=weight.device)[None, :] - torch.arange(g, device=weight.device)[:, None] for g in grid
+    )
     w_x, w_y, w_2 = weight.float().T[:, :, None, None]
     return w_y * dy + w_2 * dy**2, w_x * dx + w_2 * dx**2
 
@@ -185,4 +187,3 @@ def local_heads(num_heads: int, strength: float, extra_heads: str) -> Tensor:
     x, y = offset.repeat_interleave(k), offset.repeat(k)
     weight[: k * k] = torch.stack([2 * x, 2 * y, -torch.ones(k * k)], dim=1) * strength
     return weight
-

@@ -1,9 +1,9 @@
 """The run directory: the only contract between trainer and instrument.
 
-    run.json              the resolved Run, class order, pixel statistics, versions, git state, twin
-    task_00.safetensors   the network after each task
-    accuracy.csv, training.csv, memory/task_00.csv     cil.tables
-    resume/               only while unfinished
+run.json              the resolved Run, class order, pixel statistics, versions, git state, twin
+task_00.safetensors   the network after each task
+accuracy.csv, training.csv, memory/task_00.csv     cil.tables
+resume/               only while unfinished
 """
 
 from __future__ import annotations

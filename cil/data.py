@@ -107,7 +107,9 @@ def _cifar_python(root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
     try:
         parts = [CIFAR100(root, train=train) for train in (True, False)]
     except RuntimeError:
-        raise ValueError(f"the files in {root / 'cifar-100-python'} are not the published ones (MD5); fetch them anew") from None
+        raise ValueError(
+            f"the files in {root / 'cifar-100-python'} are not the published ones (MD5); fetch them anew"
+        ) from None
     sets = [ImageSet(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return *sets, list(parts[0].classes)
 
@@ -185,6 +187,11 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image -> uint8 [3, H, W]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """uint8 [3, H, W] -> an RGB image"""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _dataset(train: ImageSet, test: ImageSet, classes: list[str]) -> Dataset:

@@ -31,7 +31,9 @@ def predict(model: nn.Module, images: Tensor, mean, std, device: str) -> Tensor:
     return torch.cat([model(x).argmax(1).cpu() for x in normalized_batches(images, mean, std, device)])
 
 
-def accuracy_rows(model: nn.Module, test: ImageSet, scenario: Scenario, task: int, mean, std, device: str) -> pd.DataFrame:
+def accuracy_rows(
+    model: nn.Module, test: ImageSet, scenario: Scenario, task: int, mean, std, device: str
+) -> pd.DataFrame:
     """Rows of cil.tables.ACCURACY after `task`; test.labels are positions in the class order."""
     rows = []
     for on_task in range(task + 1):
@@ -81,3 +83,15 @@ def _over_old_tasks(values: list[float], sizes: np.ndarray | None) -> float:
 
 
 METRICS = {"Last": last, "Avg": average, "Fgt": forgetting, "BWT": backward_transfer}
+
+
+def scores(accuracy: pd.DataFrame) -> dict[str, float]:
+    """Last, Avg, Fgt, BWT of an accuracy table, 0 to 1, weighted by image; without those that are not defined for it."""
+    a, sizes = matrix(accuracy)
+    values = {name: metric(a, sizes) for name, metric in METRICS.items()}
+    return {name: value for name, value in values.items() if not np.isnan(value)}
+
+
+def format_scores(accuracy: pd.DataFrame) -> str:
+    """The scores in one line, percent."""
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores(accuracy).items()) + " %"

@@ -26,7 +26,7 @@ class Run:
     data_dir: str = "data"  # where cifar100 lies
     image_size: int = 0  # pixels; 0: as the data set has it
     scenario: str = "B10-10"
-    class_order: str = "icarl"  # icarl | alphabetical
+    class_order: str = "icarl"  # icarl (CIFAR-100) | imagenet100 | alphabetical
     num_classes: int = 0  # the first so many of the class order; 0: all
     images_per_class: int = 0  # training images; 0: all
 
@@ -38,7 +38,9 @@ class Run:
     patch_size: int = 4
     mlp_ratio: float = 4.0
     drop_path: float = 0.1
-    init_std: float = 0.02  # of linear layers, tokens and position embedding; networks narrower than the paper's want more
+    init_std: float = (
+        0.02  # of linear layers, tokens and position embedding; networks narrower than the paper's want more
+    )
     attention: str = "gpsa"  # gpsa | mhsa: the self-attention blocks that are not LPA
     n_lpa: int = 0  # LPA blocks, from the shallow end
     locality_strength: float = 1.0
@@ -85,9 +87,13 @@ class Run:
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}")
         if self.depth < 2:
-            raise ValueError(f"depth={self.depth} must be at least 2: self-attention blocks and one task-attention block")
+            raise ValueError(
+                f"depth={self.depth} must be at least 2: self-attention blocks and one task-attention block"
+            )
         if self.n_lpa > self.depth - 1:
-            raise ValueError(f"n_lpa={self.n_lpa} is more than the {self.depth - 1} self-attention blocks of depth={self.depth}")
+            raise ValueError(
+                f"n_lpa={self.n_lpa} is more than the {self.depth - 1} self-attention blocks of depth={self.depth}"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -99,7 +105,9 @@ class Run:
         names = [f.name for f in dataclasses.fields(cls)]
         missing, unknown = [n for n in names if n not in values], [n for n in values if n not in names]
         if missing or unknown:
-            raise ValueError(f"the run lacks {missing} and has the unknown {unknown}: it was written by another version")
+            raise ValueError(
+                f"the run lacks {missing} and has the unknown {unknown}: it was written by another version"
+            )
         return cls(**values)
 
     def change(self, settings: list[str]) -> Run:
@@ -128,7 +136,7 @@ class Run:
 
 CHOICES = {
     "training": ("incremental", "joint", "joint-terminal"),
-    "class_order": ("icarl", "alphabetical"),
+    "class_order": ("icarl", "imagenet100", "alphabetical"),
     "method": ("baseline", "dytox"),
     "attention": ("gpsa", "mhsa"),
     "lambda_init_mode": ("constant", "normal"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,23 @@ ICARL_CIFAR100 = [
 ]  # fmt: skip
 
 
+ORDERS = {
+    "icarl": ICARL_CIFAR100,
+    # Of the first 100 ILSVRC-2012 synsets in sorted order; numpy's legacy generator, whose stream is frozen.
+    "imagenet100": np.random.RandomState(1993).permutation(100).tolist(),
+}
+
+
 def class_order(name: str, num_classes: int) -> list[int]:
-    """Original class numbers in the order in which they are learned. Raises ValueError when the order does not fit."""
+    """Original class numbers in the order in which they are learned: alphabetical, or one of ORDERS.
+
+    Raises ValueError when the order is for another number of classes.
+    """
     if name == "alphabetical":
         return list(range(num_classes))
-    if num_classes != len(ICARL_CIFAR100):
-        raise ValueError(f"class_order=icarl is for the 100 classes of CIFAR-100, not {num_classes}; use alphabetical")
-    return list(ICARL_CIFAR100)
+    if num_classes != len(ORDERS[name]):
+        raise ValueError(f"class_order={name} is for {len(ORDERS[name])} classes, not {num_classes}; use alphabetical")
+    return list(ORDERS[name])
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ class Progress:
     images: int  # in this step
 
 
+Report = Callable[[Progress], None]
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training with one optimiser: the whole task, or balanced fine-tuning on the memory."""
@@ -60,9 +63,7 @@ class Phase:
         return max(1, len(self.indices) // self.batch_size)
 
 
-def train(
-    run: Run, out: str | Path, device: str = "cpu", report: Callable[[Progress], None] = lambda progress: None
-) -> RunDir:
+def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambda progress: None) -> RunDir:
     """Train `run` into the directory `out`, or go on with it where it was; a finished run returns at once.
 
     Raises ValueError for a run that does not fit its data, or an `out` that holds something else.
@@ -87,7 +88,9 @@ def train(
     return directory
 
 
-def learn_increment(directory: RunDir, dataset: Dataset, model, task: int, device: str, report) -> IncrementalViT:
+def learn_increment(
+    directory: RunDir, dataset: Dataset, model: IncrementalViT | None, task: int, device: str, report: Report
+) -> IncrementalViT:
     """One task of class-incremental learning: grow, fit with the teacher's help, remember, fine-tune."""
     run, scenario, labels = directory.run, directory.scenario, dataset.train.labels
     new = scenario[task].select(labels)
@@ -115,7 +118,7 @@ def learn_increment(directory: RunDir, dataset: Dataset, model, task: int, devic
     return model
 
 
-def learn_jointly(directory: RunDir, dataset: Dataset, task: int, device: str, report) -> IncrementalViT:
+def learn_jointly(directory: RunDir, dataset: Dataset, task: int, device: str, report: Report) -> IncrementalViT:
     """The joint counterpart at `task`: a fresh model on all classes of tasks 0..task, the same epochs, nothing else."""
     run = directory.run
     indices = directory.scenario[: task + 1].select(dataset.train.labels)
@@ -125,8 +128,9 @@ def learn_jointly(directory: RunDir, dataset: Dataset, task: int, device: str, r
 
 
 def fit(
-    directory: RunDir, dataset: Dataset, model: IncrementalViT, phase: Phase, teacher: nn.Module | None, device, report
-) -> IncrementalViT:
+    directory: RunDir, dataset: Dataset, model: IncrementalViT, phase: Phase, teacher: nn.Module | None, device: str,
+    report: Report,
+) -> IncrementalViT:  # fmt: skip
     """Epochs of one phase, from the saved state if there is one for it; a phase that is already over is left as it is."""
     run, method = directory.run, METHODS[directory.run.method]
     saved = directory.load_resume()
@@ -180,7 +184,7 @@ def fit(
                         f"the loss is {value} in task {phase.task}, {phase.name} epoch {epoch}, step {step}, at learning "
                         f"rate {lr:.3g}; finished tasks in {directory.path}: {directory.tasks}"
                     )
-                hits = (logits.argmax(1) == targets.argmax(1)).double().mean().item()
+                hits = (logits.argmax(1) == targets.argmax(1)).float().mean().item()
                 sums += torch.tensor([value, hits], dtype=torch.float64)
                 report(
                     Progress(
@@ -201,7 +205,9 @@ def fit(
     return model.eval()
 
 
-def augmented(run: Run, x: Tensor, y: Tensor, num_classes: int, dataset: Dataset, generator) -> tuple[Tensor, Tensor]:
+def augmented(
+    run: Run, x: Tensor, y: Tensor, num_classes: int, dataset: Dataset, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """uint8 [B, 3, H, W], labels [B] -> what the network sees [B, 3, H, W], soft targets [B, C]."""
     if run.crop_padding:
         x = augment.random_crop(x, run.crop_padding, generator)

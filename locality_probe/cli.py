@@ -35,7 +35,9 @@ def typed(call: Callable, *args: object) -> object:
 
 
 def device_option(command: Callable) -> Callable:
-    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: cuda where it is.")(command)
+    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: cuda where it is.")(
+        command
+    )
 
 
 def resolve_device(name: str) -> str:
@@ -58,7 +60,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
 @click.option("--data", "data_dir", help="Where cifar100 lies: short for --set data_dir=...")
 @click.option("--download", is_flag=True, help="Fetch CIFAR-100 into --data first.")
@@ -77,6 +81,7 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     run = typed(lambda: recipes.find(recipe).change(settings))
     import torch
 
+    from cil.evaluate import format_scores
     from cil.train import describe_plan
     from cil.train import train as train_run
     from locality_probe.progress import training
@@ -91,7 +96,9 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     out = out or Path("runs") / recipe
     with training(out.name) as report:
         directory = train_run(run, out, resolve_device(device), report)
-    click.echo(f"{directory.path}: tasks {directory.tasks[0]} to {directory.tasks[-1]} finished; {scores(directory)}")
+    click.echo(
+        f"{directory.path}: tasks {directory.tasks[0]} to {directory.tasks[-1]} finished; {format_scores(directory.table('accuracy'))}"
+    )
 
 
 @main.command()
@@ -114,8 +121,12 @@ def recipes() -> None:
 @click.option("--seed", default=0, show_default=True, help="Draws the images.")
 @click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")
 @click.option("--data", "data_dir", help="Where cifar100 lies.  [default: where the run found it]")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables.  [default: the first CKPT_DIR, or .]")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows of nonlocality.csv as one JSON list, nothing else.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the tables.  [default: the first CKPT_DIR, or .]"
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the rows of nonlocality.csv as one JSON list, nothing else."
+)
 @device_option
 def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir, out, as_json, device) -> None:
     """Nonlocality D_loc of every task, layer and head of runs, with the joint twin beside each if it is there.
@@ -155,8 +166,12 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
 @click.option("--layer", default="all", show_default=True, help="Number from 0, or all.")
 @click.option("--head", default="mean", show_default=True, help="Number from 0, mean or all.")
 @click.option("--query", default="mean", show_default=True, help="mean, cls, or a patch as ROW,COLUMN from 0.")
-@click.option("--scale", type=click.Choice(["shared", "each"]), default="shared", show_default=True, help="Colour range.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]")
+@click.option(
+    "--scale", type=click.Choice(["shared", "each"]), default="shared", show_default=True, help="Colour range."
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]"
+)
 def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale, out) -> None:
     """Attention over IMAGE from a query; several checkpoints side by side. The raw array lies beside the picture."""
     if ckpts and model:
@@ -182,7 +197,13 @@ def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale,
         subjects = [make() for spec in specs for make in maps.parse_checkpoint(spec)]
     found = maps.heat_maps(subjects, opened, layer, head, query)
     figure = attention_maps.draw(
-        found.image, found.maps, found.row_labels, found.column_labels, scale=scale, query=found.query, title=found.title
+        found.image,
+        found.maps,
+        found.row_labels,
+        found.column_labels,
+        scale=scale,
+        query=found.query,
+        title=found.title,
     )
     style.save(figure, out)
     raw = found.save(out.with_suffix(".npz"))
@@ -199,12 +220,3 @@ def demo(out) -> None:
     from figures.demo import run_demo
 
     run_demo(out, click.echo)
-
-
-def scores(directory) -> str:
-    """Last, Avg, Fgt, BWT of a run, in percent."""
-    from cil.evaluate import METRICS, matrix
-
-    a, sizes = matrix(directory.table("accuracy"))
-    values = {name: 100 * metric(a, sizes) for name, metric in METRICS.items()}
-    return ", ".join(f"{name} {value:.2f}" for name, value in values.items() if value == value)

@@ -44,7 +44,9 @@ class HeatMaps:
         return path
 
 
-def heat_maps(subjects: list[Subject], image: Image.Image, layer: str = "all", head: str = "mean", query: str = "mean") -> HeatMaps:
+def heat_maps(
+    subjects: list[Subject], image: Image.Image, layer: str = "all", head: str = "mean", query: str = "mean"
+) -> HeatMaps:
     """Attention of each subject over `image`.
 
     layer: number or all; head: number, mean or all; query: mean (over all patches), cls (class or task token, the newest)
@@ -73,7 +75,9 @@ def heat_maps(subjects: list[Subject], image: Image.Image, layer: str = "all", h
             for name, one in _heads(maps, head, subject.run).items():
                 panels[subject.run, subject.task, item.layer.index, name] = one
         if layer not in ("all", *(str(item.layer.index) for item in found)):
-            raise ValueError(f"no layer {layer} in {subject.run}; there: {', '.join(str(i.layer.index) for i in found)}")
+            raise ValueError(
+                f"no layer {layer} in {subject.run}; there: {', '.join(str(i.layer.index) for i in found)}"
+            )
     maps, rows, columns, shared = _arrange(panels)
     where = _parse_query(query)
     seen = np.asarray(subjects[0].crop(image.convert("RGB")))

@@ -72,8 +72,12 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     path = Path(source)
     if source.partition(":")[0] in data.DATASETS and not path.is_dir():
         test = data.load(source, data_dir).test
-        images = [Image.fromarray(pixels) for pixels in test.images.permute(0, 2, 3, 1).numpy()]
-        wanted = torch.ones(len(test), dtype=torch.bool) if classes is None else torch.isin(test.labels, torch.tensor(classes))
+        images = [data.to_pil(pixels) for pixels in test.images]
+        wanted = (
+            torch.ones(len(test), dtype=torch.bool)
+            if classes is None
+            else torch.isin(test.labels, torch.tensor(classes))
+        )
         return images, f"{source}, test", wanted.nonzero().squeeze(1)
     if path.suffix in (".npy", ".npz"):
         images = _array(path)
@@ -84,7 +88,9 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     elif path.is_dir():
         images = [data.open_image(file) for file in data.image_files(path)]
     else:
-        raise ValueError(f"no images {source!r}: give a folder, a .npy or .npz file, digits, cifar100, folder:PATH or photos")
+        raise ValueError(
+            f"no images {source!r}: give a folder, a .npy or .npz file, digits, cifar100, folder:PATH or photos"
+        )
     return images, source, torch.arange(len(images))
 
 

@@ -222,13 +222,17 @@ class _Watch(TorchFunctionMode):
                 other in self.seen or _looks_like_attention(other) for other in module.modules() if other is not module
             ):
                 layer = Layer(-1, name, type(module).__name__, 0, 0, (0, 0), 0)
-                recorded.append(Recorded(layer.skipped("its attention passes neither scaled_dot_product_attention nor softmax")))
+                recorded.append(
+                    Recorded(layer.skipped("its attention passes neither scaled_dot_product_attention nor softmax"))
+                )
         for index, item in enumerate(recorded):
             item.layer = replace(item.layer, index=index)
         return recorded
 
 
-def fused_map(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool | None, scale: float | None, rows: slice) -> Tensor:
+def fused_map(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool | None, scale: float | None, rows: slice
+) -> Tensor:
     """The attention [b, H, Q, K] that scaled_dot_product_attention applies for the images `rows`, scores in float32."""
     k = k[rows]
     if k.shape[1] != q.shape[1]:  # grouped queries

@@ -69,7 +69,11 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
         checkpoint.load_weights(model, read_weights(weights), weights)
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
-    crop = [step for step in transform.transforms if "Tensor" not in type(step).__name__ and "Normalize" not in type(step).__name__]
+    crop = [
+        step
+        for step in transform.transforms
+        if "Tensor" not in type(step).__name__ and "Normalize" not in type(step).__name__
+    ]
 
     def cut(image: Image.Image) -> Image.Image:
         for step in crop:

@@ -40,12 +40,17 @@ class Survey:
             NONLOCALITY_IMAGES.write(self.per_image, out / "nonlocality_images.parquet"),
             LAYERS.write(self.layers, out / "layers.csv"),
         ]
-        atomically(out / "measurement.json", lambda part: Path(part).write_text(json.dumps(provenance, indent=1) + "\n"))
+        atomically(
+            out / "measurement.json", lambda part: Path(part).write_text(json.dumps(provenance, indent=1) + "\n")
+        )
         return [NONLOCALITY.write(self.nonlocality, out / "nonlocality.csv"), *paths, out / "measurement.json"]
 
 
 def survey(
-    subjects: Iterable[Subject], images: ProbeImages, device: str = "cpu", report: Callable[[str], None] = lambda done: None
+    subjects: Iterable[Subject],
+    images: ProbeImages,
+    device: str = "cpu",
+    report: Callable[[str], None] = lambda done: None,
 ) -> Survey:
     """Measure each subject on the same images, one at a time. Raises ValueError naming what cannot be measured."""
     tables: list[tuple[pd.DataFrame, ...]] = []
@@ -58,7 +63,9 @@ def survey(
     )
 
 
-def measure(subject: Subject, images: ProbeImages, device: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def measure(
+    subject: Subject, images: ProbeImages, device: str = "cpu"
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows of NONLOCALITY, NONLOCALITY_IMAGES and LAYERS for one subject."""
     subject.model.to(device)
     batches = []
@@ -67,7 +74,9 @@ def measure(subject: Subject, images: ProbeImages, device: str = "cpu") -> tuple
             batches.append(record(subject.model, batch.to(device), _nonlocality))
         except (RuntimeError, AssertionError) as error:  # torch and timm: an input that the network does not take
             size = f"{batch.shape[-2]}x{batch.shape[-1]}"
-            raise ValueError(f"{subject.run} does not take images of {size} pixels: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"{subject.run} does not take images of {size} pixels: {str(error).splitlines()[0]}"
+            ) from None
     if not any(item.values for item in batches[0]):
         reasons = sorted({item.layer.reason or "only tokens are queries" for item in batches[0]})
         raise ValueError(f"no layer of {subject.run} has attention between patches: {'; '.join(reasons)}")
@@ -174,7 +183,9 @@ def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> li
             raise ValueError(f"{directory.path} has no finished task yet; locality-probe train goes on with it")
         missing = set(tasks or ()) - set(directory.tasks)
         if missing:
-            raise ValueError(f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}")
+            raise ValueError(
+                f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}"
+            )
         for task in [INITIAL, *(tasks or directory.tasks)]:
             subjects.append(lambda directory=directory, task=task: from_run(directory, task))
     return subjects

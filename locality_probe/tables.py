@@ -18,7 +18,10 @@ NONLOCALITY = Table(
     keys=_HEAD,
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
-        "training": ("str", "incremental | joint (a fresh model a task) | joint-terminal | model (not one of our runs)"),
+        "training": (
+            "str",
+            "incremental | joint (a fresh model a task) | joint-terminal | model (not one of our runs)",
+        ),
         "kind": ("str", "class of the attention layer"),
         "images": ("int64", "number of images measured"),
         "d_loc": ("float64", "nonlocality: mean over images and query patches of the attended distance, patches"),

@@ -1,0 +1,101 @@
+"""How far each attention layer looks as classes come in, beside joint training (the paper's figures 4 and 6)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from figures import style
+from locality_probe.tables import INITIAL, NONLOCALITY
+
+MAX_COLUMNS = 6  # panels beside each other; a pair with more layers goes on in a further row
+ROW = 2.0  # inches: uniform attention is far above, so the lines need height
+SERIES = {  # training -> how it is drawn, in the order of the legend; shape tells the series apart without colour too
+    "incremental": {"label": "CIL", "color": style.BLUE, "marker": "o", "zorder": 3},
+    "joint": {"label": "joint", "color": style.ORANGE, "marker": "s", "markerfacecolor": "white"},
+    "joint-terminal": {"label": "joint, last task only", "color": style.GREEN, "marker": "D", "linestyle": "none"},
+    "model": {"label": "model", "color": style.VERMILION, "marker": "^", "linestyle": "none"},
+}
+INITIALISED = {"label": "CIL at initialisation", "color": style.REFERENCE, "linestyle": "--", "linewidth": 1}
+UNIFORM = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": ":", "linewidth": 1.2}
+
+
+@style.look()
+def draw(nonlocality: pd.DataFrame) -> Figure:
+    """D_loc in patches, mean over heads, over the tasks (counted from 1): a row of panels a pair, a panel a layer.
+
+    `nonlocality` has the columns of NONLOCALITY; the value at initialisation (task -1) is the incremental run's.
+    Raises ValueError for another table, an unknown training, or a table without a value.
+    """
+    frame = NONLOCALITY.check(nonlocality)
+    unknown = sorted(set(frame["training"]) - set(SERIES))
+    if unknown:
+        raise ValueError(f"table {NONLOCALITY.name}: no training {unknown[0]!r}; there: {', '.join(SERIES)}")
+    frame = frame[(frame["task"] != INITIAL) | (frame["training"] == "incremental")]
+    # A head without a value leaves a gap: the mean over the others is no mean over heads.
+    keys = ["pair", "kind", "layer", "training", "task"]
+    heads = frame.groupby(keys, sort=False, as_index=False)
+    means = heads[["d_loc", "d_uniform"]].agg(lambda values: values.mean(skipna=False))
+    means = means[means.groupby(["pair", "layer"])["d_loc"].transform("count") > 0]
+    if means.empty:
+        raise ValueError(f"table {NONLOCALITY.name} holds no value to draw")
+
+    pairs = dict(list(means.groupby("pair", sort=False)))
+    layers = {pair: of_pair["layer"].nunique() for pair, of_pair in pairs.items()}
+    most = max(layers.values())
+    columns = math.ceil(most / math.ceil(most / MAX_COLUMNS))
+    heights = [0.4 + ROW * math.ceil(n / columns) for n in layers.values()]
+    width = max(3.6, columns * min(2.1, 7 / columns) + 0.4)
+    figure = Figure(figsize=(width, sum(heights) + 0.4))
+    blocks = figure.subfigures(len(pairs), 1, squeeze=False, height_ratios=heights)
+    for block, of_pair in zip(blocks[:, 0], pairs.values(), strict=True):
+        _draw_pair(block, of_pair, columns)
+
+    values = means[["d_loc", "d_uniform"]].to_numpy()
+    low, high = np.nanmin(values), np.nanmax(values)
+    margin = 0.05 * max(high - low, 0.1)  # an untrained ViT is as good as uniform
+    handles = {}
+    for axes in figure.axes:
+        axes.set_ylim(low - margin, high + margin)
+        axes.set_xlim(0.5, max(means["task"].max(), 0) + 1.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        handles |= {line.get_label(): line for line in axes.lines}
+    labels = [how["label"] for how in (*SERIES.values(), INITIALISED, UNIFORM) if how["label"] in handles]
+    ncols = len(labels) if width > 6 else 2
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=ncols)
+    return figure
+
+
+def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int) -> None:
+    """A panel a layer; `means` [kind, layer, training, task -> d_loc, d_uniform] of one pair, in patches."""
+    kinds = means.sort_values("layer")["kind"].unique()
+    block.suptitle(f"{' + '.join(kinds)}  ({means['pair'].iloc[0]})", weight="bold")
+    block.supxlabel("task")
+    layers = means.groupby("layer")
+    panels = block.subplots(math.ceil(layers.ngroups / columns), columns, squeeze=False, sharey=True)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(r"$D_\mathrm{loc}$ (patches)")
+    for axes, (layer, of_layer) in zip(panels.flat, layers, strict=False):
+        axes.set_title(f"layer {layer + 1}" + f", {of_layer['kind'].iloc[0]}" * (len(kinds) > 1))
+        _draw_layer(axes, of_layer)
+    for axes in panels.flat[layers.ngroups :]:
+        axes.remove()
+
+
+def _draw_layer(axes: Axes, means: pd.DataFrame) -> None:
+    """The reference lines and the series of one layer; `means` [training, task -> d_loc, d_uniform], in patches."""
+    axes.axhline(means["d_uniform"].iloc[0], **UNIFORM)
+    start = means[means["task"] == INITIAL]
+    if len(start):
+        axes.axhline(start["d_loc"].iloc[0], **INITIALISED)
+    for training, how in SERIES.items():
+        line = means[(means["training"] == training) & (means["task"] != INITIAL)].sort_values("task")
+        if len(line):
+            # Where the two agree, the dot of CIL lies inside the square of its joint twin.
+            size = max(2, 4 - len(line) / 10) + (training != "incremental")
+            axes.plot(line["task"] + 1, line["d_loc"], markersize=size, clip_on=False, **how)

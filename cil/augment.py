@@ -102,7 +102,7 @@ def rand_augment(images: Tensor, spec: str, generator: Generator, fill: Sequence
     b, c, _, _ = _check_images(images)
     if c != 3 or len(fill) != 3:
         raise ValueError(f"images and fill need 3 channels, got {c} and {len(fill)}")
-    config = _parse(spec)
+    config = parse(spec)
     ground = torch.tensor(fill, dtype=torch.float32, device=images.device)
     operations = list(_operations(config.increasing).values())
     images = images.clone()
@@ -123,7 +123,7 @@ class _Config(NamedTuple):
     layers: int
 
 
-def _parse(spec: str) -> _Config:
+def parse(spec: str) -> _Config:
     name, *parts = spec.split("-")
     if name != "rand":
         raise ValueError(f"RandAugment spec {spec!r} must begin with 'rand', not {name!r}")

@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cil.data import Dataset
@@ -57,7 +56,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return os.path.basename(os.path.abspath(self.path))  # also of "."
 
     @property
     def scenario(self) -> Scenario:
@@ -131,7 +130,7 @@ class RunDir:
     def save_task(self, task: int, model: IncrementalViT) -> None:
         """Write the weights that count for `task`; from then on the task is finished."""
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        atomically(self.weights_path(task), lambda part: save_file(state, part))
+        atomically(self.weights_path(task), lambda part: part.write_bytes(save(state)))
         shutil.rmtree(self.path / "resume", ignore_errors=True)
 
     def save_resume(self, state: dict[str, object]) -> None:
@@ -142,9 +141,7 @@ class RunDir:
         """The state inside an unfinished task, or None. A torn file counts as none: the task starts anew."""
         try:
             return torch.load(self.path / "resume" / "state.pt", weights_only=True, map_location="cpu")
-        except FileNotFoundError:
-            return None
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile):
+        except Exception:  # not there, or torn: torch raises a different class for each way
             return None
 
     @contextlib.contextmanager
@@ -160,7 +157,7 @@ class RunDir:
 
 def describe(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
     """The run directory that `run` would have, without writing anything. Raises ValueError where run and data do not fit."""
-    path = Path(path)
+    path, name = Path(path), os.path.basename(os.path.abspath(path))
     order = class_order(run.class_order, len(dataset.classes))
     if run.num_classes > len(order):
         raise ValueError(f"num_classes={run.num_classes}, but {run.dataset} has {len(order)}")
@@ -169,8 +166,8 @@ def describe(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
     directory = RunDir(
         path, run, dataset.image_size, order, [dataset.classes[c] for c in order], dataset.mean, dataset.std,
         versions(), git_state(),
-        joint_twin=f"{path.name}-joint" if incremental else None,
-        twin_of=path.name.removesuffix(suffix) if not incremental and path.name.endswith(suffix) else None,
+        joint_twin=f"{name}-joint" if incremental else None,
+        twin_of=name.removesuffix(suffix) if not incremental and name.endswith(suffix) else None,
     )  # fmt: skip
     directory.new_model(directory.planned_tasks[0])  # whatever does not fit together says so here
     return directory
@@ -211,12 +208,19 @@ def open_run(path: str | Path) -> RunDir:
         raise ValueError(f"{path / 'run.json'} is damaged: it is not the JSON that a run writes") from None
     if version != FORMAT:
         raise ValueError(f"{path} was written in format {version}; this version reads format {FORMAT}")
+    names = ["run", *(f.name for f in dataclasses.fields(RunDir) if f.name not in ("path", "run"))]
+    missing, unknown = [n for n in names if n not in content], [n for n in content if n not in names]
+    if missing or unknown:
+        wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(unknown)}"
+        raise ValueError(f"{path / 'run.json'} {wrong}: it was written by another version")
     try:
         run = Run.from_dict(content.pop("run"))
         for field in ("image_size", "mean", "std"):
             content[field] = tuple(content[field])
-        return RunDir(path, run, **content)
-    except (ValueError, KeyError, TypeError) as error:
+        directory = RunDir(path, run, **content)
+        _ = directory.scenario  # a scenario that is none says so here
+        return directory
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'run.json'} does not fit this version: {error}") from None
 
 

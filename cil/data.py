@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +85,7 @@ def cifar100(root: Path, _: int = 0) -> Dataset:
     else:
         raise ValueError(
             f"no CIFAR-100 in {root}: neither cifar-100-python/, cifar100.npz nor train/<class>/ is there; "
-            "name its place with --data, or fetch it with --download"
+            "name its place with --data, or fetch it with `train --download`"
         )
     if len(classes) != 100:
         raise ValueError(f"{root} holds {len(classes)} classes, not the 100 of CIFAR-100; use folder:{root}")
@@ -119,9 +121,13 @@ def _npz(path: Path) -> tuple[ImageSet, ImageSet, list[str]]:
         with np.load(path, allow_pickle=False) as arrays:
             sets = [(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test")]
             classes = [str(c) for c in arrays["classes"]]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no npz with x_train, y_train, x_test, y_test, classes: {error}") from None
     for x, y in sets:
+        if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0 or y.max() >= len(classes):
+            raise ValueError(
+                f"{path}: labels are {y.dtype} {y.shape}, not whole numbers [n] from 0 to {len(classes) - 1}"
+            )
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or len(x) != len(y):
             raise ValueError(f"{path}: images are {x.dtype} {x.shape} with {len(y)} labels, not uint8 [n, H, W, 3]")
     return *(
@@ -172,11 +178,23 @@ def open_image(path: Path) -> Image.Image:
     """An upright RGB image. Raises ValueError when Pillow cannot read it."""
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise ValueError(f"no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except PermissionError:
+        raise
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has more than the {2 * Image.MAX_IMAGE_PIXELS} pixels that Pillow opens") from None
+    except Exception:  # Pillow's decoders raise a different class for each way in which a file is torn
         raise ValueError(f"{path} is not an image that Pillow can read") from None
+    if image.mode[0] in "IF":  # one channel of more than 8 bits, which Pillow would clip at 255
+        pixels = np.asarray(image)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"{path} has pixels of 32 bits, whose range cannot be told; save it with 8 or 16 bits")
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+    if image.mode == "P":  # straight to RGB, Pillow warns about a transparent palette
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -85,13 +85,17 @@ def _over_old_tasks(values: list[float], sizes: np.ndarray | None) -> float:
 METRICS = {"Last": last, "Avg": average, "Fgt": forgetting, "BWT": backward_transfer}
 
 
-def scores(accuracy: pd.DataFrame) -> dict[str, float]:
-    """Last, Avg, Fgt, BWT of an accuracy table, 0 to 1, weighted by image; without those that are not defined for it."""
+def scores(accuracy: pd.DataFrame, training: str = "incremental") -> dict[str, float]:
+    """Last, Avg, Fgt, BWT of an accuracy table, 0 to 1, weighted by image; without those that are not defined for it.
+
+    Joint models start afresh for each task, so there is nothing that they could have forgotten.
+    """
     a, sizes = matrix(accuracy)
-    values = {name: metric(a, sizes) for name, metric in METRICS.items()}
+    names = METRICS if training == "incremental" else ("Last", "Avg")
+    values = {name: METRICS[name](a, sizes) for name in names}
     return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
-def format_scores(accuracy: pd.DataFrame) -> str:
+def format_scores(accuracy: pd.DataFrame, training: str = "incremental") -> str:
     """The scores in one line, percent."""
-    return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores(accuracy).items()) + " %"
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores(accuracy, training).items()) + " %"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -50,10 +52,21 @@ def read(state: dict[str, Tensor], source: Path) -> IncrementalViT:
     Heads come from the positional weights, so at least one block must be GPSA or LPA; the image is taken as square.
     Raises ValueError when the names are not those of these trainers.
     """
-    state = rename(state)
+    try:
+        state = rename(state)
+        run, side, heads = _architecture(state)
+    except (LookupError, ValueError):
+        raise ValueError(f"{source} does not hold the weights of an LPA, DyTox or baseline network") from None
+    model = IncrementalViT(run, (side, side))
+    for num_classes in heads:
+        model.grow(num_classes, divergence="div_head.fc.bias" in state)
+    load_weights(model, state, source)
+    return model.eval()
+
+
+def _architecture(state: dict[str, Tensor]) -> tuple[Run, int, list[int]]:
+    """The run, pixels of a side, and classes of each head. Raises LookupError or ValueError for other weights."""
     positional = [v for k, v in state.items() if k.endswith(".attn.pos_weight")]
-    if not positional or "pos_embed" not in state or "patch_embed.proj.weight" not in state:
-        raise ValueError(f"{source} does not hold the weights of an LPA, DyTox or baseline network")
     dim, patch = state["patch_embed.proj.weight"].shape[0], state["patch_embed.proj.weight"].shape[-1]
     side = round(state["pos_embed"].shape[1] ** 0.5)
     depth = 1 + len({k.split(".")[1] for k in state if k.startswith("blocks.")})
@@ -65,11 +78,7 @@ def read(state: dict[str, Tensor], source: Path) -> IncrementalViT:
         dim=dim, num_heads=len(positional[0]), depth=depth, patch_size=patch, n_lpa=n_lpa,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
     )  # fmt: skip
-    model = IncrementalViT(run, (side * patch, side * patch))
-    for _, num_classes in heads:
-        model.grow(num_classes, divergence="div_head.fc.bias" in state)
-    load_weights(model, state, source)
-    return model.eval()
+    return run, side * patch, [num_classes for _, num_classes in heads]
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
@@ -78,14 +87,23 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     Raises ValueError for a file that is truncated, something else, or holds more than weights.
     """
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():  # of what it cannot read, which it then says again
+            warnings.simplefilter("ignore")
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"no weights file {path}") from None
-    except Exception as error:  # torch raises a different class for each way in which a file is wrong
-        raise ValueError(f"{path} is truncated or holds more than weights ({str(error).splitlines()[0]})") from None
+    except PermissionError:
+        raise
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is no .pth file, or holds objects that could run code when they are read: save the state dict alone"
+        ) from None
+    except Exception:  # torch raises a different class for each way in which a file is torn
+        raise ValueError(f"{path} is truncated or no .pth file") from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if not named or not content:
         raise ValueError(f"{path} holds no state dict")
     return content

@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from cil import augment
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ class Run:
             value, choices = getattr(self, field.name), CHOICES.get(field.name)
             if choices and value not in choices:
                 raise ValueError(f"{field.name}={value!r} is none of {', '.join(choices)}")
-        for name in AT_LEAST_ONE + AT_LEAST_ZERO:
-            low = int(name in AT_LEAST_ONE)
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+        for names, (fits, range_) in RANGES.items():
+            for name in names.split():
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"{name}={getattr(self, name)} must be {range_}")
+        if self.rand_augment:
+            augment.parse(self.rand_augment)
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}")
         if self.depth < 2:
@@ -144,11 +149,16 @@ CHOICES = {
     "amp": ("none", "bf16"),
     "kd_rows": ("old", "all"),
 }
-AT_LEAST_ONE = ["dim", "num_heads", "patch_size", "epochs_first", "epochs", "batch_size"]
-AT_LEAST_ZERO = [
-    "seed", "image_size", "num_classes", "images_per_class", "n_lpa", "warmup_epochs", "finetune_epochs",
-    "crop_padding", "mixup", "smoothing", "memory",
-]  # fmt: skip
+# Fields -> (what holds, in words); a NaN fits nowhere.
+RANGES = {
+    "dim num_heads patch_size epochs_first epochs batch_size": (lambda v: v >= 1, "at least 1"),
+    "seed image_size num_classes images_per_class n_lpa warmup_epochs finetune_epochs crop_padding memory": (
+        lambda v: v >= 0, "at least 0"),
+    "mixup weight_decay init_std lr_min warmup_lr locality_strength": (lambda v: 0 <= v < math.inf, "at least 0"),
+    "lr_first lr finetune_lr mlp_ratio kd_tau": (lambda v: 0 < v < math.inf, "above 0"),
+    "drop_path smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "lambda_init": (math.isfinite, "finite"),
+}  # fmt: skip
 
 
 def _parse(key: str, text: str, kind: type) -> object:

@@ -21,7 +21,7 @@ from locality_probe.heatmap import heat_maps, parse_checkpoint
 
 PAIRS = ("demo-baseline", "demo-baseline-lpa")
 WORKERS = 2  # processes of one thread each: for networks this small faster than one process with two threads
-IMAGES = 200
+IMAGES = 128
 
 
 def run_demo(out: Path, echo: Callable[[str], None]) -> None:
@@ -71,7 +71,9 @@ def train_all(names: list[str], out: Path) -> None:
     context = multiprocessing.get_context("spawn")
     events, waiting, running = context.Queue(), list(names), {}
     shares, failures = dict.fromkeys(names, 0.0), {}
-    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}, {postfix}", file=sys.stderr) as bar:
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    look = "{percentage:3.0f} %|{bar}| {elapsed}, left {remaining}{postfix}"
+    with tqdm(total=100, bar_format=look, mininterval=interval, maxinterval=interval) as bar:
         while waiting or running:
             while waiting and len(running) < WORKERS:
                 name = waiting.pop(0)
@@ -82,8 +84,8 @@ def train_all(names: list[str], out: Path) -> None:
                 shares[name] = share
                 if state.startswith("failed: "):
                     failures[name] = state.removeprefix("failed: ")
-                bar.n = round(100 * sum(shares.values()) / len(names), 1)
-                bar.set_postfix_str(f"{name} {state}")
+                bar.set_postfix_str(f"{name}: {state}", refresh=False)
+                bar.update(100 * sum(shares.values()) / len(names) - bar.n)
             except Empty:
                 pass
             for name in [n for n, process in running.items() if not process.is_alive()]:

@@ -15,6 +15,8 @@ from locality_probe.tables import INITIAL, NONLOCALITY
 
 MAX_COLUMNS = 6  # panels beside each other; a pair with more layers goes on in a further row
 ROW = 2.0  # inches: uniform attention is far above, so the lines need height
+LEAST_SPAN = 0.2  # patches: a smaller range of values is not blown up to fill a panel
+FOLDED = 0.25  # of the range of values: the height that is left for what lies between them and uniform attention
 SERIES = {  # training -> how it is drawn, in the order of the legend; shape tells the series apart without colour too
     "incremental": {"label": "CIL", "color": style.BLUE, "marker": "o", "zorder": 3},
     "joint": {"label": "joint", "color": style.ORANGE, "marker": "s", "markerfacecolor": "white"},
@@ -28,6 +30,8 @@ UNIFORM = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": 
 @style.look()
 def draw(nonlocality: pd.DataFrame) -> Figure:
     """D_loc in patches, mean over heads, over the tasks (counted from 1): a row of panels a pair, a panel a layer.
+
+    The panels of a pair share one scale, on which the way up to uniform attention is folded where that is far.
 
     `nonlocality` has the columns of NONLOCALITY; the value at initialisation (task -1) is the incremental run's.
     Raises ValueError for another table, an unknown training, or a table without a value.
@@ -56,15 +60,11 @@ def draw(nonlocality: pd.DataFrame) -> Figure:
     for block, of_pair in zip(blocks[:, 0], pairs.values(), strict=True):
         _draw_pair(block, of_pair, columns)
 
-    values = means[["d_loc", "d_uniform"]].to_numpy()
-    low, high = np.nanmin(values), np.nanmax(values)
-    margin = 0.05 * max(high - low, 0.1)  # an untrained ViT is as good as uniform
     handles = {}
     for axes in figure.axes:
-        axes.set_ylim(low - margin, high + margin)
         axes.set_xlim(0.5, max(means["task"].max(), 0) + 1.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        handles |= {line.get_label(): line for line in axes.lines}
+        handles |= {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     labels = [how["label"] for how in (*SERIES.values(), INITIALISED, UNIFORM) if how["label"] in handles]
     ncols = len(labels) if width > 6 else 2
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=ncols)
@@ -83,6 +83,7 @@ def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int) -> None:
     for axes, (layer, of_layer) in zip(panels.flat, layers, strict=False):
         axes.set_title(f"layer {layer + 1}" + f", {of_layer['kind'].iloc[0]}" * (len(kinds) > 1))
         _draw_layer(axes, of_layer)
+        _fold(axes, means["d_loc"].min(), means["d_loc"].max(), means["d_uniform"].max())
     for axes in panels.flat[layers.ngroups :]:
         axes.remove()
 
@@ -99,3 +100,29 @@ def _draw_layer(axes: Axes, means: pd.DataFrame) -> None:
             # Where the two agree, the dot of CIL lies inside the square of its joint twin.
             size = max(2, 4 - len(line) / 10) + (training != "incremental")
             axes.plot(line["task"] + 1, line["d_loc"], markersize=size, clip_on=False, **how)
+
+
+def _fold(axes: Axes, low: float, high: float, uniform: float) -> None:
+    """Give `axes` the range low..high of a pair's values (patches), and fold what lies between them and `uniform`.
+
+    Local attention is far below uniform, and drifts by hundredths of a patch: on one even scale nothing would be seen.
+    """
+    span = max(high - low, LEAST_SPAN)
+    low, high = (high + low - span) / 2 - 0.08 * span, (high + low + span) / 2 + 0.08 * span
+    low = max(low, 0.0)
+    if uniform <= high + FOLDED * span:
+        axes.set_ylim(low, max(high, uniform + 0.05 * span))
+        return
+    slope = FOLDED * span / (uniform - high)
+    axes.set_yscale("function", functions=(
+        lambda y: np.where(y <= high, y, high + (y - high) * slope),
+        lambda z: np.where(z <= high, z, high + (z - high) / slope),
+    ))  # fmt: skip
+    axes.set_ylim(low, uniform + 0.05 * span / slope)
+    ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    digits = max(1, math.ceil(-math.log10(ticks[1] - ticks[0] + 1e-9)))
+    axes.set_yticks([*ticks, uniform], labels=[*(f"{tick:.{digits}f}" for tick in ticks), f"{uniform:.2f}"])
+    for place in (0.4, 0.6):  # the fold, marked on the axis
+        y = high + place * (uniform - high)
+        axes.plot(0, y, marker=[(-1, -0.4), (1, 0.4)], transform=axes.get_yaxis_transform(), markersize=6, clip_on=False,
+                  color=style.REFERENCE, linestyle="none", label="_fold")  # fmt: skip

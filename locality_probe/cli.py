@@ -34,6 +34,17 @@ def typed(call: Callable, *args: object) -> object:
         raise click.UsageError(str(error)) from None
 
 
+def check_folder(path: Path) -> None:
+    """Raises ValueError where no folder `path` can be: ask before long work."""
+    import os
+
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, where --out needs a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to; choose another --out")
+
+
 def device_option(command: Callable) -> Callable:
     return click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: cuda where it is.")(
         command
@@ -88,17 +99,19 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
 
     if threads:
         torch.set_num_threads(threads)
+    if download and run.dataset != "cifar100":
+        raise click.UsageError(f"--download is for cifar100, and {recipe} trains on {run.dataset}")
     if download:
         data.download_cifar100(run.data_dir)
     if dry_run:
         click.echo(describe_plan(run))
         return
-    out = out or Path("runs") / recipe
+    out, device = out or Path("runs") / recipe, resolve_device(device)
+    typed(check_folder, out)
     with training(out.name) as report:
-        directory = train_run(run, out, resolve_device(device), report)
-    click.echo(
-        f"{directory.path}: tasks {directory.tasks[0]} to {directory.tasks[-1]} finished; {format_scores(directory.table('accuracy'))}"
-    )
+        directory = train_run(run, out, device, report)
+    done = f"tasks {directory.tasks[0]} to {directory.tasks[-1]} finished"
+    click.echo(f"{directory.path}: {done}; {format_scores(directory.table('accuracy'), directory.run.training)}")
 
 
 @main.command()
@@ -118,7 +131,7 @@ def recipes() -> None:
 @click.option("--images", help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, folder:PATH, or "
               "photos (two).  [default: the run's test images; photos for --model]")  # fmt: skip
 @click.option("--n", type=click.IntRange(1), help="Number of images.  [default: 256, or all of a smaller set]")
-@click.option("--seed", default=0, show_default=True, help="Draws the images.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the images.")
 @click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")
 @click.option("--data", "data_dir", help="Where cifar100 lies.  [default: where the run found it]")
 @click.option(
@@ -138,15 +151,19 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
         raise click.UsageError("give run directories or weights files, or --model timm/NAME")
     if (weights or pretrained) and not model:
         raise click.UsageError("--weights and --pretrained go with --model")
+    if tasks and all(Path(c).is_file() for c in ckpts):
+        raise click.UsageError("--task goes with run directories")
     from locality_probe import survey
     from locality_probe.progress import counter
 
     plan = survey.plan(
         list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir, warn=lambda s: click.echo(s, err=True)
     )  # fmt: skip
+    out, device = out or plan.out, resolve_device(device)
+    typed(check_folder, out)
     with counter(len(plan.subjects), "models measured") as report:
-        result = survey.survey((make() for make in plan.subjects), plan.images, resolve_device(device), report)
-    paths = result.write(out or plan.out)
+        result = survey.survey((make() for make in plan.subjects), plan.images, device, report)
+    paths = result.write(out)
     if as_json:
         click.echo(result.nonlocality.to_json(orient="records", double_precision=15))
         return
@@ -185,6 +202,7 @@ def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale,
 
     out = out or Path(f"{image.stem}_heatmap.png")
     typed(style.check_suffix, out)
+    typed(check_folder, out.parent)
     opened = open_image(image)
     if model:
         subjects = [from_model_option(model, weights, pretrained, warn=lambda s: click.echo(s, err=True))]
@@ -211,12 +229,19 @@ def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale,
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder of its runs, tables and figures.",
+)
 def demo(out) -> None:
     """Train, measure and draw on embedded digits: baseline and baseline + LPA with their joint twins; a few minutes.
 
     Interrupted and started again, it goes on where it was.
     """
+    typed(check_folder, out)
     from figures.demo import run_demo
 
     run_demo(out, click.echo)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -56,8 +55,11 @@ def heat_maps(
     panels: dict[tuple, np.ndarray] = {}  # (run, task, layer, head) -> [g_h, g_w]
     grid = None
     for subject in subjects:
-        x = subject.preprocess(image)[None]
-        found = record(subject.model, x, _measure(_parse_query(query)))
+        x, measure = subject.preprocess(image)[None], _measure(_parse_query(query))
+        try:
+            found = record(subject.model, x, measure)
+        except ValueError as error:
+            raise ValueError(f"{subject.run}: {error}") from None
         usable = [item.layer.index for item in found if item.values]
         if not usable:
             raise ValueError(_no_query(query, found))
@@ -72,8 +74,17 @@ def heat_maps(
                 raise ValueError(f"{subject.run} has a grid of {item.layer.grid}, others {grid}; draw them one by one")
             grid = item.layer.grid
             maps = item.values["map"][0].numpy()  # [H, g_h, g_w]
+            if not np.isfinite(maps).all():
+                raise ValueError(
+                    f"layer {item.layer.index} ({item.layer.name}) of {subject.run} gives attention that is not finite"
+                )
             for name, one in _heads(maps, head, subject.run).items():
-                panels[subject.run, subject.task, item.layer.index, name] = one
+                key = subject.run, subject.task, item.layer.index, name
+                if key in panels:
+                    raise ValueError(
+                        f"two checkpoints are called {subject.run}, task {subject.task}; draw them one by one"
+                    )
+                panels[key] = one
         if layer not in ("all", *(str(item.layer.index) for item in found)):
             raise ValueError(
                 f"no layer {layer} in {subject.run}; there: {', '.join(str(i.layer.index) for i in found)}"
@@ -89,8 +100,10 @@ def heat_maps(
 
 def parse_checkpoint(spec: str) -> list[Callable[[], Subject]]:
     """RUN_DIR, RUN_DIR:task or RUN_DIR:all -> what to draw, loaded when called. Without a task: the last one."""
-    match = re.fullmatch(r"(.+?)(?::(init|all|\d+))?", spec)
-    path, which = match.groups()
+    path, which = re.fullmatch(r"(.*?)(?::(init|all|\d+))?", spec, re.DOTALL).groups()
+    run, _, wrong = path.rpartition(":")
+    if wrong and Path(run, "run.json").is_file():
+        raise ValueError(f"no task {wrong!r} of {run}: a number, init or all")
     directory = checkpoint.open_run(path)
     if not directory.tasks:
         raise ValueError(f"{path} has no finished task yet")
@@ -148,7 +161,7 @@ def _heads(maps: np.ndarray, head: str, run: str) -> dict[str, np.ndarray]:
         return {"mean": maps.mean(0)}
     if head == "all":
         return {str(h): one for h, one in enumerate(maps)}
-    if not head.isdigit() or int(head) >= len(maps):
+    if not head.isdecimal() or int(head) >= len(maps):
         raise ValueError(f"no head {head} in {run}; there: 0 to {len(maps) - 1}, mean, all")
     return {head: maps[int(head)]}
 

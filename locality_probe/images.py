@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,16 @@ from torch import Tensor
 from cil import data
 from locality_probe.subject import Subject
 
-
 DEFAULT_N = 256
 
 
 @dataclass(frozen=True)
 class ProbeImages:
-    """Some images of a source: `items` are Pillow images, or normalised float tensors [3, H, W] taken as they are."""
+    """Some images of a source: `items` are files or Pillow images, or normalised floats [n, 3, H, W] taken as they are."""
 
     source: str
     index: list[int]  # place of each image in its source
-    items: list[Image.Image] | Tensor
+    items: list[Path | Image.Image] | Tensor
     sha256: str
 
     def __len__(self) -> int:
@@ -35,7 +36,10 @@ class ProbeImages:
         """Float [b, 3, H, W] as `subject` takes them."""
         for start in range(0, len(self), batch_size):
             part = self.items[start : start + batch_size]
-            yield part if isinstance(part, Tensor) else torch.stack([subject.preprocess(image) for image in part])
+            if not isinstance(part, Tensor):  # photographs are large: only a batch of them is open
+                opened = (data.open_image(item) if isinstance(item, Path) else item for item in part)
+                part = torch.stack([subject.preprocess(image) for image in opened])
+            yield part
 
     def describe(self) -> dict[str, object]:
         """What measurement.json keeps."""
@@ -63,12 +67,12 @@ def load_images(
     chosen = items[torch.tensor(index)] if isinstance(items, Tensor) else [items[i] for i in index]
     digest = hashlib.sha256()
     for item in chosen:
-        digest.update(item.numpy().tobytes() if isinstance(item, Tensor) else item.tobytes())
+        digest.update(item.read_bytes() if isinstance(item, Path) else np.asarray(item).tobytes())
     return ProbeImages(name, index, chosen, digest.hexdigest())
 
 
 def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple[Tensor | list, str, Tensor]:
-    """Images, the name of their source, and the places [m] of those that may be drawn."""
+    """Images or their files, the name of their source, and the places [m] of those that may be drawn."""
     path = Path(source)
     if source.partition(":")[0] in data.DATASETS and not path.is_dir():
         test = data.load(source, data_dir).test
@@ -86,7 +90,7 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
 
         images = [Image.fromarray(photo) for photo in load_sample_images().images]
     elif path.is_dir():
-        images = [data.open_image(file) for file in data.image_files(path)]
+        images = data.image_files(path)
     else:
         raise ValueError(
             f"no images {source!r}: give a folder, a .npy or .npz file, digits, cifar100, folder:PATH or photos"
@@ -98,21 +102,23 @@ def _array(path: Path) -> Tensor:
     """Float [n, 3, H, W] of a .npy file, or of the only array (or the one called images) of a .npz file."""
     try:
         loaded = np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
+        if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded as arrays:
-                name = "images" if "images" in arrays.files else arrays.files[0]
-                if name != "images" and len(arrays.files) != 1:
-                    raise ValueError(f"it holds {arrays.files}, and none is called images")
-                loaded = arrays[name]
+                if "images" not in arrays.files and len(arrays.files) != 1:
+                    raise ValueError(f"it holds {', '.join(arrays.files) or 'nothing'}, and none is called images")
+                loaded = arrays["images" if "images" in arrays.files else arrays.files[0]]
     except FileNotFoundError:
         raise ValueError(f"no images file {path}") from None
-    except (OSError, ValueError, EOFError, IndexError) as error:
-        raise ValueError(f"{path} is no array of images ({error})") from None
-    except Exception as error:  # zipfile and zlib raise their own for torn .npz files
-        raise ValueError(f"{path} is truncated ({error})") from None
+    except ValueError as error:
+        reason = "it holds Python objects, or is none of NumPy's files" if "pickle" in str(error) else error
+        raise ValueError(f"{path} is no array of images ({reason})") from None
+    except (OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or no array of images ({error})") from None
     if loaded.ndim != 4 or loaded.shape[1] != 3 or loaded.dtype.kind != "f":
         raise ValueError(f"{path} holds {loaded.dtype} {loaded.shape}, not normalised floats [n, 3, H, W]")
+    with np.errstate(over="ignore"):
+        loaded = loaded.astype(np.float32)
     bad = ~np.isfinite(loaded).all(axis=(1, 2, 3))
     if bad.any():
         raise ValueError(f"{path} holds NaN or infinite values in image {int(bad.argmax())}")
-    return torch.from_numpy(loaded.astype(np.float32))
+    return torch.from_numpy(loaded)

@@ -14,25 +14,30 @@ from cil.train import Progress
 
 @contextlib.contextmanager
 def training(name: str) -> Iterator[Callable[[Progress], None]]:
-    """The `report` of cil.train: task, epoch, loss, accuracy, images/s and time left."""
+    """The `report` of cil.train: task, epoch, loss, accuracy, images/s and time left, from the first step on."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    with tqdm(desc=name, unit="step", mininterval=interval, maxinterval=interval, dynamic_ncols=True) as bar:
-        began, images = time.monotonic(), 0
+    began, images = time.monotonic(), 0
+    bar = None
 
-        def report(p: Progress) -> None:
-            nonlocal images
-            if bar.total is None:  # the first step, perhaps of a run that goes on
-                bar.total, bar.initial, bar.n = p.total, p.done - 1, p.done - 1
-            images += p.images
-            rate = images / (time.monotonic() - began)
-            bar.set_postfix_str(
-                f"task {p.task + 1}/{p.tasks} {p.phase} epoch {p.epoch + 1}/{p.epochs} loss {p.loss:.3f} "
-                f"accuracy {p.accuracy:.2f} {rate:.0f} images/s",
-                refresh=False,
-            )
-            bar.update(1)
+    def report(p: Progress) -> None:
+        nonlocal bar, images
+        if bar is None:
+            look = {"unit": "step", "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
+            bar = tqdm(desc=name, total=p.total, initial=p.done - 1, **look)
+        images += p.images
+        rate = images / (time.monotonic() - began)
+        bar.set_postfix_str(
+            f"task {p.task + 1}/{p.tasks} {p.phase} epoch {p.epoch + 1}/{p.epochs} loss {p.loss:.3f} "
+            f"accuracy {p.accuracy:.2f} {rate:.0f} images/s",
+            refresh=False,
+        )
+        bar.update(1)
 
+    try:
         yield report
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 @contextlib.contextmanager

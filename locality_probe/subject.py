@@ -36,10 +36,8 @@ class Subject:
 
 def from_run(directory: RunDir, task: int) -> Subject:
     """A checkpoint of a run; task -1 is the run's network as initialised, from its seed, before task 0."""
-    if task != INITIAL:
-        model = directory.model(task)
-    else:
-        model = directory.new_model(directory.planned_tasks[0]).eval()
+    initial = task == INITIAL
+    model = directory.new_model(directory.planned_tasks[0]).eval() if initial else directory.model(task)
     return Subject(
         directory.name, directory.twin_of or directory.name, directory.run.training, task, model,
         lambda image: data.cover(image, directory.image_size), directory.mean, directory.std,
@@ -88,16 +86,17 @@ def from_model_option(option: str, weights: Path | None, pretrained: bool, warn:
     library, _, name = option.partition("/")
     if library != "timm" or not name:
         raise ValueError(f"--model {option!r} is not of the form timm/NAME, like timm/vit_small_patch16_224")
+    subject = from_timm(name, weights, pretrained)
     if weights is None and not pretrained:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
-    return from_timm(name, weights, pretrained)
+    return subject
 
 
 def from_file(path: Path) -> Subject:
     """A weights file: one of our runs' by the run.json beside it, else by the names of the LPA and DyTox releases."""
     if not path.is_file():
         raise ValueError(f"no weights file {path}")
-    if (path.parent / "run.json").is_file() and path.suffix == ".safetensors":
+    if is_task_of_run(path):
         directory = checkpoint.open_run(path.parent)
         for task in directory.tasks:
             if directory.weights_path(task).name == path.name:
@@ -109,6 +108,11 @@ def from_file(path: Path) -> Subject:
         path.stem, path.stem, "model", len(model.heads) - 1, model,
         lambda image: data.cover(image, size), data.CIFAR100_MEAN, data.CIFAR100_STD,
     )  # fmt: skip
+
+
+def is_task_of_run(path: Path) -> bool:
+    """Whether a weights file lies in one of our run directories."""
+    return path.suffix == ".safetensors" and (path.parent / "run.json").is_file()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from cil.checkpoint import RunDir, atomically
 from locality_probe.images import ProbeImages, load_images
 from locality_probe.measures import nonlocality, uniform_nonlocality
 from locality_probe.record import Layer, record
-from locality_probe.subject import Subject, from_file, from_model_option, from_run
+from locality_probe.subject import Subject, from_file, from_model_option, from_run, is_task_of_run
 from locality_probe.tables import INITIAL, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 BATCH = 32
@@ -77,6 +77,8 @@ def measure(
             raise ValueError(
                 f"{subject.run} does not take images of {size} pixels: {str(error).splitlines()[0]}"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"{subject.run}: {error}") from None
     if not any(item.values for item in batches[0]):
         reasons = sorted({item.layer.reason or "only tokens are queries" for item in batches[0]})
         raise ValueError(f"no layer of {subject.run} has attention between patches: {'; '.join(reasons)}")
@@ -143,33 +145,61 @@ def plan(
     if model:
         subject = from_model_option(model, weights, pretrained, warn)
         return Plan([lambda: subject], load_images(images or "photos", n, seed, data_dir or "data"), Path("."))
-    files = [Path(c) for c in ckpts if Path(c).is_file()]
+    files = list(dict.fromkeys(Path(c) for c in ckpts if Path(c).is_file()))
     given = [checkpoint.open_run(c) for c in ckpts if Path(c) not in files]
-    directories = with_twins(given)
-    subjects = subjects_of(directories, tasks)
+    directories, tasks = with_twins(given, warn), list(dict.fromkeys(tasks or ()))
+    subjects, asked = [], {d.path for d in given}
+    for directory in directories:
+        # A twin that was not asked for may lack some of the tasks.
+        wanted = tasks if directory.path in asked else [t for t in tasks if t in directory.tasks]
+        subjects += subjects_of([directory], wanted) if wanted or not tasks else []
     subjects += [lambda path=path: from_file(path) for path in files]
-    beside = [p.parent for p in files if (p.parent / "run.json").is_file()]
-    runs = directories or [checkpoint.open_run(folder) for folder in beside]
+    own = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
+    others = [(p.stem, p) for p in files if not is_task_of_run(p)]
+    _refuse_equal_names([(d.name, d.path) for d in (*directories, *own.values())] + others)
+    runs = directories or list(own.values())
     classes = None
     if images is None:
         if not runs:
             raise ValueError(f"{files[0]} does not say on which images: give --images")
         images, classes = runs[0].run.dataset, sorted(set().union(*(d.class_order for d in runs)))
     data_dir = data_dir or (runs[0].run.data_dir if runs else "data")
-    out = given[0].path if given else files[0].parent
+    out = given[0].path if given else Path(".")
     return Plan(subjects, load_images(images, n, seed, data_dir, classes), out)
 
 
-def with_twins(directories: list[RunDir]) -> list[RunDir]:
-    """The directories, and behind each incremental run the joint twin that it names, where that is there and fits."""
+def _refuse_equal_names(places: list[tuple[str, Path]]) -> None:
+    """Rows are told apart by the name of their run alone. Raises ValueError naming two places of one name."""
+    seen: dict[str, Path] = {}
+    for name, path in places:
+        if name in seen:
+            raise ValueError(
+                f"{name} would be in the tables twice, from {seen[name]} and {path}: measure them one by one, or rename one"
+            )
+        seen[name] = path
+
+
+def with_twins(directories: list[RunDir], warn: Callable[[str], None] = lambda sentence: None) -> list[RunDir]:
+    """The directories, and behind each incremental run the joint twin that it names, where that is there.
+
+    A joint run's `twin_of` comes back as the incremental run among them that it really is the twin of, or None.
+    """
     found = {d.path.resolve(): d for d in directories}
     for directory in directories:
         twin = directory.path.resolve().parent / (directory.joint_twin or "")
         if directory.joint_twin and twin not in found and (twin / "run.json").is_file():
             other = checkpoint.open_run(twin)
-            if other.tasks and other.run.is_twin_of(directory.run):
+            if not other.run.is_twin_of(directory.run):
+                warn(f"{twin.name} is left out: its settings are not those of {directory.name}")
+            elif other.tasks:
                 found[twin] = other
-    return list(found.values())
+
+    def paired(joint: RunDir) -> RunDir:
+        partners = [d for d in directories if d.run.training == "incremental" and d.run.is_twin_of(joint.run)]
+        partners.sort(key=lambda d: d.joint_twin != joint.name)
+        return replace(joint, twin_of=partners[0].name if partners else None)
+
+    return [d if d.run.training == "incremental" else paired(d) for d in found.values()]
 
 
 def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> list[Callable[[], Subject]]:
@@ -200,12 +230,13 @@ def format_table(frame: pd.DataFrame) -> str:
         trainings = [t for t in ("incremental", "joint", "joint-terminal", "model") if t in set(rows["training"])]
         layers = sorted(rows["layer"].unique())
         kinds = rows.drop_duplicates("layer").set_index("layer")["kind"]
-        width = max(len(t) for t in trainings) + 2
+        titles = [f"layer {x} {kinds[x]}" for x in layers]
+        width = max(*(len(t) + 2 for t in trainings), *(-(-(len(t) + 2) // len(trainings)) for t in titles))
         blocks.append(
             f"{pair}: D_loc in patches, mean over heads and {first['images']} images"
             + (f"; {', '.join(trainings)}" if trainings != ["model"] else "")
         )
-        blocks.append(f"{'task':>8}" + "".join(f"{f'layer {x} {kinds[x]}':>{width * len(trainings)}}" for x in layers))
+        blocks.append(f"{'task':>8}" + "".join(f"{title:>{width * len(trainings)}}" for title in titles))
         if len(trainings) > 1:
             blocks.append(" " * 8 + "".join(f"{t:>{width}}" for t in trainings) * len(layers))
         for task in sorted(rows["task"].unique()):

@@ -149,7 +149,7 @@ def test_arguments_are_applied_image_by_image(photos):
 @pytest.mark.parametrize("spec", [SPEC, "rand-m4-mstd3-n3"])
 def test_rand_augment_is_timms_chain_for_the_same_draws(spec, photos, monkeypatch):
     images = photos[32, 32].repeat(6, 1, 1, 1)
-    config = augment._parse(spec)
+    config = augment.parse(spec)
     names = auto_augment._RAND_INCREASING_TRANSFORMS if config.increasing else auto_augment._RAND_TRANSFORMS
     expected = to_pil(images)
     for layer in zip(*augment._draw(len(images), config, generator(3)), strict=True):
@@ -197,7 +197,7 @@ def timm_draws(spec: str, count: int) -> tuple[list[int], dict[str, list]]:
 
 
 def our_draws(spec: str, count: int) -> tuple[list[int], dict[str, list]]:
-    config = augment._parse(spec)
+    config = augment.parse(spec)
     operation, level, sign = augment._draw(count, config, generator())
     arguments = {}
     for number, (name, (_, to_argument)) in enumerate(augment._operations(config.increasing).items()):
@@ -235,7 +235,7 @@ def test_draws_are_distributed_as_timms(spec):
 
 
 def test_signs_are_even_and_all_draws_independent():
-    operation, level, sign = augment._draw(60_000, augment._parse(SPEC), generator(1))
+    operation, level, sign = augment._draw(60_000, augment.parse(SPEC), generator(1))
     pairs = torch.bincount((operation[0] + 1) * 16 + operation[1] + 1, minlength=256).view(16, 16)
     assert stats.chi2_contingency(pairs).pvalue > UNLIKELY
     assert pairs[1:, 1:].diagonal().min() > 20  # the same operation may come twice
@@ -409,8 +409,8 @@ def test_unknown_spec_is_named(spec, named, photos):
 
 
 def test_spec_is_read_in_any_order():
-    assert augment._parse("rand-n3-inc1-mstd0.25-m7.5") == (7.5, 0.25, True, 3)
-    assert augment._parse("rand") == (10, 0, False, 2)
+    assert augment.parse("rand-n3-inc1-mstd0.25-m7.5") == (7.5, 0.25, True, 3)
+    assert augment.parse("rand") == (10, 0, False, 2)
 
 
 def test_wrong_arguments_are_refused(photos):

@@ -58,3 +58,8 @@ def test_matrix_from_the_table():
 def test_terminal_joint_training_has_a_last_accuracy_only():
     found = scores(table([(2, 0, 50, 0.7), (2, 1, 10, 0.5), (2, 2, 10, 0.9)]))
     assert found == {"Last": pytest.approx(0.7)}
+
+
+def test_joint_models_have_nothing_to_forget():
+    rows = table([(0, 0, 50, 0.9), (1, 0, 50, 0.6), (1, 1, 10, 0.8)])
+    assert list(scores(rows, "joint")) == ["Last", "Avg"] and list(scores(rows)) == ["Last", "Avg", "Fgt", "BWT"]

@@ -35,6 +35,8 @@ def test_settings():
     [("epoch=3", "near: epochs"), ("lr", "not key=value"), ("lr=fast", "not of type float"),
      ("flip=maybe", "neither true nor false"), ("method=icarl", "none of baseline, dytox"), ("n_lpa=6", "5 self-attention"),
      ("dim=100", "not a multiple"), ("depth=1", "at least 2"), ("batch_size=0", "at least 1"), ("memory=-1", "at least 0"),
+     ("drop_path=1", "below 1"), ("smoothing=nan", "below 1"), ("kd_tau=0", "above 0"), ("lr=inf", "above 0"),
+     ("mixup=nan", "at least 0"), ("lambda_init=inf", "finite"), ("rand_augment=rand-m9-x1", "RandAugment"),
      ("zzzz=1", "there are: recipe, seed")],
 )  # fmt: skip
 def test_bad_settings(setting, message):

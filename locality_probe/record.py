@@ -244,7 +244,7 @@ class _Watch(TorchFunctionMode):
             self.seen[module] = Recorded(layer.skipped(reason))
         else:
             step = max(1, CHUNK_BYTES // (4 * heads * queries * keys))
-            with torch.autocast(self.device, enabled=False):  # scores and sums in float32, also where the model's are not
+            with torch.autocast(self.device, enabled=False):  # float32, also where the model computes in less
                 chunks = [self.measure(part(slice(i, i + step)), layer) for i in range(0, batch, step)]
             self.seen[module] = Recorded(layer, {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]})
 

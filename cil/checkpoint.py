@@ -184,7 +184,7 @@ def create(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
             what = ", ".join(f"{n}={getattr(there.run, n)} there, {getattr(run, n)} asked" for n in sorted(differ))
             raise ValueError(f"{path} holds another run ({what}); choose another --out")
         return there
-    if path.exists() and (not path.is_dir() or any(p for p in path.iterdir() if p.name != ".lock")):
+    if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
         raise ValueError(f"{path} is not empty and holds no run.json; choose another --out")
     directory = describe(path, run, dataset)
     path.mkdir(parents=True, exist_ok=True)

@@ -159,7 +159,7 @@ def plan(
     _refuse_equal_names([(d.name, d.path) for d in (*directories, *own.values())] + others)
     runs = directories or list(own.values())
     classes = None
-    if images is None:
+    if images in (None, "dataset"):
         if not runs:
             raise ValueError(f"{files[0]} does not say on which images: give --images")
         images, classes = runs[0].run.dataset, sorted(set().union(*(d.class_order for d in runs)))

@@ -129,7 +129,7 @@ def recipes() -> None:
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
 @click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from timm's hub.")
 @click.option("--images", help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, folder:PATH, "
-              "photos (two), or dataset: the run's own test images.  [default: the run's test images; photos for --model]")  # fmt: skip
+              "or photos (two).  [default: dataset, the run's own test images; photos for --model]")  # fmt: skip
 @click.option("--n", type=click.IntRange(1), help="Number of images.  [default: 256, or all of a smaller set]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the images.")
 @click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")

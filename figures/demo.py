@@ -18,6 +18,7 @@ from cil.train import Progress, train
 from figures import attention_maps, nonlocality_over_tasks, style
 from locality_probe import survey
 from locality_probe.heatmap import heat_maps, parse_checkpoint
+from locality_probe.plan import make_plan
 
 PAIRS = ("demo-baseline", "demo-baseline-lpa")
 WORKERS = 2  # processes of one thread each: for networks this small faster than one process with two threads
@@ -34,7 +35,7 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     train_all([f"{pair}-joint" for pair in PAIRS] + list(PAIRS), out)
     trained = time.monotonic()
 
-    plan = survey.plan([str(out / pair) for pair in PAIRS], n=IMAGES)
+    plan = make_plan([str(out / pair) for pair in PAIRS], n=IMAGES)
     result = survey.survey((make() for make in plan.subjects), plan.images)
     tables = result.write(out)
     echo(survey.format_table(result.nonlocality))

@@ -154,9 +154,10 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
     if tasks and all(Path(c).is_file() for c in ckpts):
         raise click.UsageError("--task goes with run directories")
     from locality_probe import survey
+    from locality_probe.plan import make_plan
     from locality_probe.progress import counter
 
-    plan = survey.plan(
+    plan = make_plan(
         list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir, warn=lambda s: click.echo(s, err=True)
     )  # fmt: skip
     out, device = out or plan.out, resolve_device(device)

@@ -1,0 +1,107 @@
+"""What was asked for on the command line -> which networks to measure, on which images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cil import checkpoint
+from cil.checkpoint import RunDir
+from locality_probe.images import ProbeImages, load_images
+from locality_probe.subject import Subject, from_file, from_model_option, from_run, is_task_of_run
+from locality_probe.tables import INITIAL
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `measure` will do: subjects, loaded when called; the images; the folder for the tables."""
+
+    subjects: list[Callable[[], Subject]]
+    images: ProbeImages
+    out: Path
+
+
+def make_plan(
+    ckpts: list[str], model: str | None = None, weights: Path | None = None, pretrained: bool = False,
+    images: str | None = None, n: int | None = None, seed: int = 0, tasks: list[int] | None = None,
+    data_dir: str | None = None, warn: Callable[[str], None] = print,
+) -> Plan:  # fmt: skip
+    """Resolve the options of `locality-probe measure`. Raises ValueError for what is not there or does not go together."""
+    if model:
+        subject = from_model_option(model, weights, pretrained, warn)
+        return Plan([lambda: subject], load_images(images or "photos", n, seed, data_dir or "data"), Path("."))
+    files = list(dict.fromkeys(Path(c) for c in ckpts if Path(c).is_file()))
+    given = [checkpoint.open_run(c) for c in ckpts if Path(c) not in files]
+    directories, tasks = with_twins(given, warn), list(dict.fromkeys(tasks or ()))
+    subjects, asked = [], {d.path for d in given}
+    for directory in directories:
+        # A twin that was not asked for may lack some of the tasks.
+        wanted = tasks if directory.path in asked else [t for t in tasks if t in directory.tasks]
+        subjects += subjects_of([directory], wanted) if wanted or not tasks else []
+    subjects += [lambda path=path: from_file(path) for path in files]
+    own = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
+    others = [(p.stem, p) for p in files if not is_task_of_run(p)]
+    _refuse_equal_names([(d.name, d.path) for d in (*directories, *own.values())] + others)
+    runs = directories or list(own.values())
+    classes = None
+    if images in (None, "dataset"):
+        if not runs:
+            raise ValueError(f"{files[0]} does not say on which images: give --images")
+        images, classes = runs[0].run.dataset, sorted(set().union(*(d.class_order for d in runs)))
+    data_dir = data_dir or (runs[0].run.data_dir if runs else "data")
+    out = given[0].path if given else Path(".")
+    return Plan(subjects, load_images(images, n, seed, data_dir, classes), out)
+
+
+def _refuse_equal_names(places: list[tuple[str, Path]]) -> None:
+    """Rows are told apart by the name of their run alone. Raises ValueError naming two places of one name."""
+    seen: dict[str, Path] = {}
+    for name, path in places:
+        if name in seen:
+            raise ValueError(
+                f"{name} would be in the tables twice, from {seen[name]} and {path}: measure them one by one, or rename one"
+            )
+        seen[name] = path
+
+
+def with_twins(directories: list[RunDir], warn: Callable[[str], None] = lambda sentence: None) -> list[RunDir]:
+    """The directories, and behind each incremental run the joint twin that it names, where that is there.
+
+    A joint run's `twin_of` comes back as the incremental run among them that it really is the twin of, or None.
+    """
+    found = {d.path.resolve(): d for d in directories}
+    for directory in directories:
+        twin = directory.path.resolve().parent / (directory.joint_twin or "")
+        if directory.joint_twin and twin not in found and (twin / "run.json").is_file():
+            other = checkpoint.open_run(twin)
+            if not other.run.is_twin_of(directory.run):
+                warn(f"{twin.name} is left out: its settings are not those of {directory.name}")
+            elif other.tasks:
+                found[twin] = other
+
+    def paired(joint: RunDir) -> RunDir:
+        partners = [d for d in directories if d.run.training == "incremental" and d.run.is_twin_of(joint.run)]
+        partners.sort(key=lambda d: d.joint_twin != joint.name)
+        return replace(joint, twin_of=partners[0].name if partners else None)
+
+    return [d if d.run.training == "incremental" else paired(d) for d in found.values()]
+
+
+def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> list[Callable[[], Subject]]:
+    """What to measure of runs, each loaded when called: as initialised, then every finished task, or those in `tasks`.
+
+    Raises ValueError for a run without a finished task, or a task that is not there.
+    """
+    subjects = []
+    for directory in directories:
+        if not directory.tasks:
+            raise ValueError(f"{directory.path} has no finished task yet; locality-probe train goes on with it")
+        missing = set(tasks or ()) - set(directory.tasks)
+        if missing:
+            raise ValueError(
+                f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}"
+            )
+        for task in [INITIAL, *(tasks or directory.tasks)]:
+            subjects.append(lambda directory=directory, task=task: from_run(directory, task))
+    return subjects

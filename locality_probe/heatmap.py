@@ -79,7 +79,8 @@ def heat_maps(
                     f"layer {item.layer.index} ({item.layer.name}) of {subject.run} gives attention that is not finite"
                 )
             for name, one in _heads(maps, head, subject.run).items():
-                key = subject.run, subject.task, item.layer.index, name
+                task = None if subject.training == "model" else subject.task
+                key = subject.run, task, item.layer.index, name
                 if key in panels:
                     raise ValueError(
                         f"two checkpoints are called {subject.run}, task {subject.task}; draw them one by one"
@@ -176,7 +177,7 @@ def _arrange(panels: dict[tuple, np.ndarray]) -> tuple[np.ndarray, list[str], li
 
     def label(axis: int, value: object) -> str:
         value = "init" if axis == 1 and value == INITIAL else value
-        return f"{names[axis]} {value}".strip()
+        return "" if value is None else f"{names[axis]} {value}".strip()
 
     columns = sorted(values[across]) if across in (1, 2) else values[across]
     rows = list(dict.fromkeys(tuple(v for axis, v in enumerate(key) if axis != across) for key in panels))
@@ -188,6 +189,7 @@ def _arrange(panels: dict[tuple, np.ndarray]) -> tuple[np.ndarray, list[str], li
     rest = [axis for axis in range(4) if axis != across]
 
     def join(key: tuple, varying: bool) -> str:
-        return ", ".join(label(a, v) for a, v in zip(rest, key, strict=True) if (len(values[a]) > 1) == varying)
+        chosen = (label(a, v) for a, v in zip(rest, key, strict=True) if (len(values[a]) > 1) == varying)
+        return ", ".join(filter(None, chosen))
 
     return maps, [join(row, True) for row in rows], [label(across, value) for value in columns], join(rows[0], False)

@@ -141,10 +141,10 @@ class TaskAttention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T + bias) v; q, k, v [B, H, N, d], scales already in q; bias [H, N, N] in float32 or None.
 
-    The one place that chooses a formulation. On a CPU the backward pass of the fused kernel is the slow part (3 to 8 times
-    in bf16, and with a bias that needs a gradient it is not fused at all), so training there is written out.
+    The one place that chooses a formulation (benchmarks/attention.py). The fused kernel, but not to train on a CPU with a
+    bias that needs a gradient, which it does not fuse, or in bf16, where its backward pass takes twice as long.
     """
-    if q.device.type == "cpu" and q.requires_grad:
+    if q.device.type == "cpu" and q.requires_grad and (bias is not None or q.dtype != torch.float32):
         scores = q @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
     mask = None if bias is None else bias.to(q.dtype)[None]

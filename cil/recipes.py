@@ -41,7 +41,7 @@ def with_lpa(run: Run) -> Run:
 @recipe
 def demo_baseline() -> Run:
     """scikit-learn's digits, 5 tasks of 2 classes, 50 images each, 3 self-attention blocks of dimension 36: under a
-    minute on one core. Measured: Last about 0.85."""
+    minute on one core. Measured: Last 71.3, Avg 85.0, Fgt 19.1."""
     return Run(
         dataset="digits", class_order="alphabetical", scenario="B2-2", images_per_class=50,
         dim=36, num_heads=9, depth=4, patch_size=1, init_std=0.1,
@@ -52,7 +52,7 @@ def demo_baseline() -> Run:
 
 @recipe
 def demo_baseline_lpa() -> Run:
-    """As demo-baseline, with LPA in every self-attention block."""
+    """As demo-baseline, with LPA in every self-attention block. Measured: Last 85.1, Avg 90.5, Fgt 8.8."""
     return with_lpa(demo_baseline())
 
 
@@ -72,7 +72,8 @@ def paper_b10_10_baseline_lpa() -> Run:
 
 @recipe
 def reduced_b10_10_baseline() -> Run:
-    """Real CIFAR-100 cut down to a lunch break: the first 50 classes of the usual order, 100 images each, in 5 tasks."""
+    """Real CIFAR-100 cut down to a lunch break: the first 50 classes of the usual order, 100 images each, in 5 tasks of 10;
+    a quarter of an hour on one core, its joint twin 25 minutes. Measured: Last 23.7, Avg 36.5, Fgt 26.3."""
     return Run(
         num_classes=50, images_per_class=100,
         dim=108, num_heads=9, depth=5,
@@ -83,5 +84,5 @@ def reduced_b10_10_baseline() -> Run:
 
 @recipe
 def reduced_b10_10_baseline_lpa() -> Run:
-    """As reduced-b10-10-baseline, with LPA in every self-attention block."""
+    """As reduced-b10-10-baseline, with LPA in every self-attention block. Measured: Last 24.4, Avg 38.3, Fgt 27.0."""
     return with_lpa(reduced_b10_10_baseline())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def train_all(names: list[str], out: Path) -> None:
     interval = 0.2 if sys.stderr.isatty() else 30.0
     look = "{percentage:3.0f} %|{bar}| {elapsed}, left {remaining}{postfix}"
     with tqdm(total=100, bar_format=look, mininterval=interval, maxinterval=interval) as bar:
-        while waiting or running:
+        while waiting or running or not events.empty():
             while waiting and len(running) < WORKERS:
                 name = waiting.pop(0)
                 running[name] = context.Process(target=_worker, args=(name, out / name, events), daemon=True)
@@ -99,6 +100,7 @@ def train_all(names: list[str], out: Path) -> None:
 
 
 def _worker(name: str, out: Path, events) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is theirs
     torch.set_num_threads(1)
     parent, last = multiprocessing.parent_process(), 0.0
 
@@ -116,5 +118,3 @@ def _worker(name: str, out: Path, events) -> None:
         train(recipes.find(name), out, report=report)
     except (ValueError, OSError) as error:
         events.put((name, 1.0, f"failed: {error}"))
-    except KeyboardInterrupt:
-        raise SystemExit(1) from None

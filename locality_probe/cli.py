@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -24,6 +25,15 @@ class OneSentence(click.Group):
                 raise
             place = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{place}{error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C in work that goes on when its command is given again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on where it was") from None
 
 
 def typed(call: Callable, *args: object) -> object:
@@ -108,7 +118,7 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
         return
     out, device = out or Path("runs") / recipe, resolve_device(device)
     typed(check_folder, out)
-    with training(out.name) as report:
+    with resumable(), training(out.name) as report:
         directory = train_run(run, out, device, report)
     done = f"tasks {directory.tasks[0]} to {directory.tasks[-1]} finished"
     click.echo(f"{directory.path}: {done}; {format_scores(directory.table('accuracy'), directory.run.training)}")
@@ -245,4 +255,5 @@ def demo(out) -> None:
     typed(check_folder, out)
     from figures.demo import run_demo
 
-    run_demo(out, click.echo)
+    with resumable():
+        run_demo(out, click.echo)

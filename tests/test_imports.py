@@ -63,4 +63,4 @@ def test_measures_know_no_model_file_or_device():
 
 def test_top_level_of_the_command_line_is_light():
     names = {name.split(".")[0] for name in imports(ROOT / "locality_probe/cli.py", inside_functions=False)}
-    assert names <= {"__future__", "errno", "collections", "pathlib", "click", "locality_probe"}
+    assert names <= {"__future__", "contextlib", "errno", "collections", "pathlib", "click", "locality_probe"}

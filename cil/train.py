@@ -55,12 +55,26 @@ class Phase:
     task: int
     indices: Tensor
     epochs: int
+    peak_lr: float
     batch_size: int
 
     @property
     def steps(self) -> int:
         """Optimiser steps an epoch: whole batches only, at least one."""
         return max(1, len(self.indices) // self.batch_size)
+
+
+def main_phase(directory: RunDir, task: int, indices: Tensor) -> Phase:
+    """Training on a task's images; the run's first task, also if it is all classes at once, has its own budget."""
+    run, first = directory.run, task == directory.planned_tasks[0]
+    epochs, lr = (run.epochs_first, run.lr_first) if first else (run.epochs, run.lr)
+    return Phase("fit", task, indices, epochs, lr, run.batch_size)
+
+
+def finetune_phase(directory: RunDir, task: int, exemplars: Tensor) -> Phase:
+    """Balanced fine-tuning on the memory, at a constant learning rate."""
+    run = directory.run
+    return Phase("finetune", task, exemplars, run.finetune_epochs, run.finetune_lr, run.batch_size)
 
 
 def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambda progress: None) -> RunDir:
@@ -101,8 +115,7 @@ def learn_increment(
         directory.grow(model, task)
     indices = new if memory is None else torch.cat([new, torch.tensor(memory["image"].to_numpy())])
 
-    epochs = run.epochs if task else run.epochs_first
-    model = fit(directory, dataset, model, Phase("fit", task, indices, epochs, run.batch_size), teacher, device, report)
+    model = fit(directory, dataset, model, main_phase(directory, task, indices), teacher, device, report)
     model.div_head = None  # only the main phase has it
 
     m = budget_per_class(run.memory, scenario[: task + 1].labels.stop)
@@ -113,18 +126,15 @@ def learn_increment(
         MEMORY.write(memory, directory.memory_path(task))
     if task and m > 0 and run.finetune_epochs:
         exemplars = torch.tensor(directory.memory(task)["image"].to_numpy())
-        phase = Phase("finetune", task, exemplars, run.finetune_epochs, run.batch_size)
-        model = fit(directory, dataset, model, phase, None, device, report)
+        model = fit(directory, dataset, model, finetune_phase(directory, task, exemplars), None, device, report)
     return model
 
 
 def learn_jointly(directory: RunDir, dataset: Dataset, task: int, device: str, report: Report) -> IncrementalViT:
     """The joint counterpart at `task`: a fresh model on all classes of tasks 0..task, the same epochs, nothing else."""
-    run = directory.run
     indices = directory.scenario[: task + 1].select(dataset.train.labels)
-    epochs = run.epochs if task else run.epochs_first
     model = directory.new_model(task).to(device)
-    return fit(directory, dataset, model, Phase("fit", task, indices, epochs, run.batch_size), None, device, report)
+    return fit(directory, dataset, model, main_phase(directory, task, indices), None, device, report)
 
 
 def fit(
@@ -156,7 +166,7 @@ def fit(
 
     for epoch in range(first, phase.epochs):
         began, sums = time.perf_counter(), torch.zeros(2, dtype=torch.float64)
-        lr = run.finetune_lr if phase.name == "finetune" else learning_rate(run, phase, epoch)
+        lr = learning_rate(run, phase, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with randomness(run.seed, phase.task, phase.name, epoch) as generator:
@@ -258,11 +268,12 @@ def freeze(model: nn.Module, frozen: Callable[[str], bool]) -> None:
 
 
 def learning_rate(run: Run, phase: Phase, epoch: int) -> float:
-    """Linear warm-up from warmup_lr, then a cosine over all epochs of the task down to lr_min; constant in an epoch."""
-    peak = run.lr if phase.task else run.lr_first
+    """Linear warm-up from warmup_lr, then a cosine over all epochs of the task down to lr_min; constant in fine-tuning."""
+    if phase.name == "finetune":
+        return phase.peak_lr
     if epoch < run.warmup_epochs:
-        return run.warmup_lr + epoch * (peak - run.warmup_lr) / run.warmup_epochs
-    return run.lr_min + 0.5 * (peak - run.lr_min) * (1 + math.cos(math.pi * epoch / phase.epochs))
+        return run.warmup_lr + epoch * (phase.peak_lr - run.warmup_lr) / run.warmup_epochs
+    return run.lr_min + 0.5 * (phase.peak_lr - run.lr_min) * (1 + math.cos(math.pi * epoch / phase.epochs))
 
 
 def load_dataset(run: Run) -> Dataset:
@@ -291,15 +302,14 @@ def plan(directory: RunDir, dataset: Dataset) -> list[Phase]:
     sizes = [len(task.select(dataset.train.labels)) for task in scenario]
     phases = []
     for task in directory.planned_tasks:
-        epochs = run.epochs if task else run.epochs_first
         if run.training != "incremental":
-            phases.append(Phase("fit", task, torch.arange(sum(sizes[: task + 1])), epochs, run.batch_size))
+            phases.append(main_phase(directory, task, torch.arange(sum(sizes[: task + 1]))))
             continue
         kept = memory_size(directory, dataset, task - 1) if task else 0
-        phases.append(Phase("fit", task, torch.arange(sizes[task] + kept), epochs, run.batch_size))
+        phases.append(main_phase(directory, task, torch.arange(sizes[task] + kept)))
         kept = memory_size(directory, dataset, task)
         if task and kept and run.finetune_epochs:
-            phases.append(Phase("finetune", task, torch.arange(kept), run.finetune_epochs, run.batch_size))
+            phases.append(finetune_phase(directory, task, torch.arange(kept)))
     return phases
 
 
@@ -312,10 +322,9 @@ def describe_plan(run: Run) -> str:
     phases = plan(directory, dataset)
     for phase in phases:
         classes = len(directory.scenario[: phase.task + 1].labels)
-        lr = run.finetune_lr if phase.name == "finetune" else run.lr if phase.task else run.lr_first
         lines.append(
             f"{phase.task:>4} {classes:>7} {phase.name:>8} {len(phase.indices):>7} {phase.epochs:>6} "
-            f"{phase.steps * phase.epochs:>8} {lr:>8.1e}"
+            f"{phase.steps * phase.epochs:>8} {phase.peak_lr:>8.1e}"
         )
     steps = sum(p.steps * p.epochs for p in phases)
     parameters = sum(p.numel() for p in directory.grown_model(directory.planned_tasks[-1]).parameters())

@@ -12,7 +12,18 @@ from cil import checkpoint, recipes
 from cil.checkpoint import open_run
 from cil.data import CIFAR100_MEAN, CIFAR100_STD, Dataset, ImageSet
 from cil.run import Run
-from cil.train import Phase, fit, frozen_parts, in_class_order, learning_rate, load_dataset, plan, teach, train
+from cil.train import (
+    finetune_phase,
+    fit,
+    frozen_parts,
+    in_class_order,
+    learning_rate,
+    load_dataset,
+    main_phase,
+    plan,
+    teach,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +58,20 @@ def test_published_parameter_counts(settings, parameters, cifar_labels):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_learning_rate_of_the_protocol():
+def test_learning_rate_of_the_protocol(cifar_labels):
     run = Run()
-    first, later = (Phase("fit", task, torch.arange(5000), epochs, 256) for task, epochs in ((0, 500), (1, 600)))
+    directory = directory_of(run, cifar_labels)
+    first, later = (main_phase(directory, task, torch.arange(5000)) for task in (0, 1))
+    assert (first.epochs, later.epochs) == (500, 600)
     assert learning_rate(run, first, 0) == pytest.approx(1e-6)
     assert learning_rate(run, first, 5) == pytest.approx(2.5e-4, rel=1e-3)
     assert learning_rate(run, later, 5) == pytest.approx(4e-4, rel=1e-3)
     assert learning_rate(run, later, 300) == pytest.approx((4e-4 + 1e-5) / 2)
     assert 1e-5 < learning_rate(run, later, 599) < 1.01e-5
+    fine = finetune_phase(directory, 1, torch.arange(2000))
+    assert {learning_rate(run, fine, epoch) for epoch in range(20)} == {5e-5}
+    terminal = directory_of(run.joint(terminal=True), cifar_labels)  # its one task is its first
+    assert main_phase(terminal, 9, torch.arange(50_000)).epochs == 500
 
 
 def test_run_directory(toy_runs, toy):
@@ -109,9 +126,9 @@ def test_incremental_and_joint_start_alike_and_part(toy_runs):
 def test_old_heads_are_frozen_in_the_main_phase_and_blocks_in_fine_tuning(toy_run, toy):
     model = toy_run.grown_model(2)
     names = [name for name, _ in model.named_parameters()]
-    main = frozen_parts(toy_run, Phase("fit", 2, torch.arange(1), 1, 1))
+    main = frozen_parts(toy_run, main_phase(toy_run, 2, torch.arange(1)))
     assert {n for n in names if main(n)} == {n for n in names if n.startswith(("heads.0.", "heads.1."))}
-    fine = frozen_parts(toy_run, Phase("finetune", 2, torch.arange(1), 1, 1))
+    fine = frozen_parts(toy_run, finetune_phase(toy_run, 2, torch.arange(1)))
     assert {n for n in names if not fine(n)} == {n for n in names if n.startswith(("heads.", "tokens."))}
 
 
@@ -126,7 +143,7 @@ def test_what_is_frozen_really_stays_in_eval_mode(toy_run, tmp_path):
         modes.append([m.training for m in model.blocks.modules()] + [not m.training for m in model.heads.modules()])
 
     images = torch.tensor(toy_run.memory(2)["image"].to_numpy())
-    fit(run, dataset, model, Phase("finetune", 2, images, 1, 8), None, "cpu", watch)
+    fit(run, dataset, model, finetune_phase(run, 2, images), None, "cpu", watch)
     assert modes and not any(any(mode) for mode in modes)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith(("heads.", "tokens.")) for k in changed)

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import time
 
+import torch
 from safetensors.torch import load_file
 
 from cil import train as module
@@ -11,6 +12,7 @@ from cil.train import train
 
 
 def victim(run, out):
+    torch.set_num_threads(1)  # as in the undisturbed run: the order of sums depends on it
     module.SAVE_EVERY = 0.0
     train(run, out)
 

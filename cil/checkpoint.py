@@ -139,9 +139,14 @@ class RunDir:
 
     def load_resume(self) -> dict[str, object] | None:
         """The state inside an unfinished task, or None. A torn file counts as none: the task starts anew."""
+        path = self.path / "resume" / "state.pt"
+        if not path.exists():
+            return None
         try:
-            return torch.load(self.path / "resume" / "state.pt", weights_only=True, map_location="cpu")
-        except Exception:  # not there, or torn: torch raises a different class for each way
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except (PermissionError, MemoryError):  # the state is good: starting anew would throw work away
+            raise
+        except Exception:  # torn: torch raises a different class for each way
             return None
 
     @contextlib.contextmanager

@@ -184,10 +184,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 7, 8, 10, 13])
-def test_interrupted_run_goes_on_to_the_same_weights(steps, toy_runs, toy, tmp_path, monkeypatch):
-    """Stopped after so many steps, in the main phase or fine-tuning of any task, and started again."""
-    monkeypatch.setattr("cil.train.SAVE_EVERY", 0)
+def train_and_stop(run, out, steps):
+    """Train, and break off after so many steps."""
     left = [steps]
 
     def stop(_):
@@ -196,7 +194,14 @@ def test_interrupted_run_goes_on_to_the_same_weights(steps, toy_runs, toy, tmp_p
             raise Stop
 
     with pytest.raises(Stop):
-        train(toy, tmp_path / "toy", report=stop)
+        train(run, out, report=stop)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 8, 10, 13])
+def test_interrupted_run_goes_on_to_the_same_weights(steps, toy_runs, toy, tmp_path, monkeypatch):
+    """Stopped after so many steps, in the main phase or fine-tuning of any task, and started again."""
+    monkeypatch.setattr("cil.train.SAVE_EVERY", 0)
+    train_and_stop(toy, tmp_path / "toy", steps)
     seen = []
     train(toy, tmp_path / "toy", report=seen.append)
     assert [p.done for p in seen] == list(range(seen[0].done, seen[-1].total + 1))
@@ -213,15 +218,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(steps, toy_runs, toy, tmp_p
 
 def test_torn_resume_state_costs_the_task_not_the_run(toy_runs, toy, tmp_path, monkeypatch):
     monkeypatch.setattr("cil.train.SAVE_EVERY", 0)
-    left = [14]
-
-    def stop(_):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(toy, tmp_path / "toy", report=stop)
+    train_and_stop(toy, tmp_path / "toy", 14)
     state = tmp_path / "toy/resume/state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     train(toy, tmp_path / "toy")

@@ -7,7 +7,8 @@ its rounding, its bicubic kernel, its treatment of the border.
 
 All randomness comes from the CPU generator passed in, so equal generator states give equal batches. Per-image
 parameters are drawn and converted on the CPU, in float64 as in timm; arithmetic on pixels is float32 or integer.
-No function changes its input. Images of another type raise TypeError, of another number of dimensions ValueError.
+Inside parallel.batch, draws are for the whole batch and a process takes its own rows. No function changes its input.
+Images of another type raise TypeError, of another number of dimensions ValueError.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Generator, Tensor
 
+from cil import parallel
+
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     """Shift each image by up to `padding` pixels in x and in y, black where nothing was: uint8 [B, C, H, W] to same.
@@ -31,7 +34,7 @@ def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     b, _, h, w = _check_images(images)
     if padding < 0:
         raise ValueError(f"padding must be at least 0, got {padding}")
-    offset = torch.randint(2 * padding + 1, (2, b, 1), generator=generator)
+    offset = parallel.own(torch.randint(2 * padding + 1, (2, parallel.whole(b), 1), generator=generator), dim=1)
     rows, cols = offset[0] + torch.arange(h), offset[1] + torch.arange(w)
     index = rows[:, :, None] * (w + 2 * padding) + cols[:, None, :]
     padded = F.pad(images, (padding,) * 4)
@@ -41,7 +44,7 @@ def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirror each image left to right with probability 1/2, as torchvision's RandomHorizontalFlip: uint8 to uint8."""
     b = _check_images(images)[0]
-    flip = torch.rand(b, generator=generator) < 0.5
+    flip = parallel.own(torch.rand(parallel.whole(b), generator=generator)) < 0.5
     return torch.where(_per_image(flip.to(images.device)), images.flip(3), images)
 
 
@@ -106,7 +109,8 @@ def rand_augment(images: Tensor, spec: str, generator: Generator, fill: Sequence
     ground = torch.tensor(fill, dtype=torch.float32, device=images.device)
     operations = list(_operations(config.increasing).values())
     images = images.clone()
-    for drawn, level, sign in zip(*_draw(b, config, generator), strict=True):
+    drawings = (parallel.own(t, dim=1) for t in _draw(parallel.whole(b), config, generator))
+    for drawn, level, sign in zip(*drawings, strict=True):
         for number, (apply, to_argument) in enumerate(operations):
             chosen = (drawn == number).nonzero().flatten()
             if len(chosen):

@@ -3,7 +3,7 @@
 run.json              the resolved Run, class order, pixel statistics, versions, git state, twin
 task_00.safetensors   the network after each task
 accuracy.csv, training.csv, memory/task_00.csv     cil.tables
-resume/               only while unfinished
+resume/               only while unfinished: the last two states inside a task, by their number of steps
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import io
 import json
 import os
 import platform
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from cil.data import Dataset
 from cil.methods import METHODS
-from cil.models import IncrementalViT
+from cil.models import Incremental, create_model
 from cil.run import Run, randomness
 from cil.scenario import Scenario, class_order
 from cil.tables import ACCURACY, MEMORY, TRAINING, Table
@@ -76,20 +78,20 @@ class RunDir:
     def weights_path(self, task: int) -> Path:
         return self.path / f"task_{task:02d}.safetensors"
 
-    def new_model(self, task: int) -> IncrementalViT:
+    def new_model(self, task: int) -> Incremental:
         """The network as initialised, from the run's seed: of task 0, or for joint training of `task` with all its classes."""
         joint = self.run.training != "incremental"
         with randomness(self.run.seed, "init", task if joint else 0):
-            model = IncrementalViT(self.run, self.image_size)
+            model = create_model(self.run, self.image_size)
             model.grow(len(self.scenario[: task + 1].labels) if joint else len(self.scenario[0].labels))
         return model
 
-    def grow(self, model: IncrementalViT, task: int) -> None:
+    def grow(self, model: Incremental, task: int) -> None:
         """Add `task` to an incremental network, with the run's own draws."""
         with randomness(self.run.seed, "grow", task):
             model.grow(len(self.scenario[task].labels), divergence=METHODS[self.run.method].divergence > 0)
 
-    def model(self, task: int) -> IncrementalViT:
+    def model(self, task: int) -> Incremental:
         """The network after `task`, in eval mode on the CPU.
 
         Raises ValueError for a task that is not there, truncated or foreign weights, and weights that are not finite.
@@ -101,7 +103,7 @@ class RunDir:
         load_weights(model, state, self.weights_path(task))
         return model.eval()
 
-    def grown_model(self, task: int) -> IncrementalViT:
+    def grown_model(self, task: int) -> Incremental:
         """A network of the shape that it has after `task`; its weights mean nothing yet."""
         model = self.new_model(task)
         if self.run.training == "incremental":
@@ -119,6 +121,11 @@ class RunDir:
         old = self.table(name)
         TABLES[name].write(rows if old is None else pd.concat([old, rows]), self.path / f"{name}.csv")
 
+    def size_on_disk(self) -> int:
+        """Bytes that the finished run will take, and at its largest the two states beside it."""
+        sizes = [4 * sum(v.numel() for v in self.grown_model(t).state_dict().values()) for t in self.planned_tasks]
+        return sum(sizes) + 2 * 3 * sizes[-1]
+
     def memory(self, task: int) -> pd.DataFrame | None:
         """Exemplars after `task`, or None."""
         path = self.memory_path(task)
@@ -127,27 +134,56 @@ class RunDir:
     def memory_path(self, task: int) -> Path:
         return self.path / "memory" / f"task_{task:02d}.csv"
 
-    def save_task(self, task: int, model: IncrementalViT) -> None:
+    def save_memory(self, task: int, memory: pd.DataFrame) -> None:
+        """Write the exemplars after `task`."""
+        self.memory_path(task).parent.mkdir(exist_ok=True)
+        MEMORY.write(memory, self.memory_path(task))
+
+    def save_task(self, task: int, model: Incremental) -> None:
         """Write the weights that count for `task`; from then on the task is finished."""
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         atomically(self.weights_path(task), lambda part: part.write_bytes(save(state)))
         shutil.rmtree(self.path / "resume", ignore_errors=True)
 
-    def save_resume(self, state: dict[str, object]) -> None:
-        (self.path / "resume").mkdir(exist_ok=True)
-        atomically(self.path / "resume" / "state.pt", lambda part: torch.save(state, part))
+    def save_resume(self, step: int, state: dict[str, object]) -> None:
+        """Keep `state` after so many steps of the run, with its SHA-256, and the one before it.
 
-    def load_resume(self) -> dict[str, object] | None:
-        """The state inside an unfinished task, or None. A torn file counts as none: the task starts anew."""
-        path = self.path / "resume" / "state.pt"
-        if not path.exists():
-            return None
+        Raises OSError that says that the last state is as it was, when the disk is full, say.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+        folder = self.path / "resume"
+        folder.mkdir(exist_ok=True)
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
-        except (PermissionError, MemoryError):  # the state is good: starting anew would throw work away
-            raise
-        except Exception:  # torn: torch raises a different class for each way
-            return None
+            digest = hashlib.sha256(content).digest()
+            atomically(folder / f"{step:09d}.state", lambda part: part.write_bytes(content + digest))
+        except OSError as error:
+            why = f"{error.strerror or error}; the state before it and finished tasks {self.tasks} are as they were"
+            raise OSError(error.errno, why, str(folder)) from None
+        for older in self.resume_states()[2:]:
+            older.unlink()
+
+    def load_resume(self, task: int) -> dict[str, object] | None:
+        """The newest whole state inside `task`, or None. One that is torn counts as not there."""
+        for path in self.resume_states():
+            content = path.read_bytes()
+            content, digest = content[:-32], content[-32:]
+            if hashlib.sha256(content).digest() != digest:
+                continue
+            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            if state["task"] == task:
+                return state
+        return None
+
+    def resume_states(self) -> list[Path]:
+        """Newest first."""
+        return sorted((self.path / "resume").glob("*.state"), reverse=True)
+
+    def last_good(self) -> str:
+        """What training goes on from, in words."""
+        states = self.resume_states()
+        return str(states[0]) if states else f"finished tasks {self.tasks} of {self.path}"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,10 +1,18 @@
-"""Image sets, resident as uint8: digits (embedded), cifar100 (three layouts), image folders."""
+"""Image sets. Resident as uint8: digits (embedded), cifar100 (three layouts), image folders. Decoded when asked for:
+imagenet100."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import os
+import re
+import signal
+import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +20,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
+PIECE = 16  # images that a worker decodes in one go: all workers share the first batch, and stopping is quick
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 [n, 3, H, W]; labels: int64 [n], original class numbers."""
+    """Resident images. images: uint8 [n, 3, H, W]; labels: int64 [n], original class numbers."""
 
     images: Tensor
     labels: Tensor
@@ -27,13 +39,77 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)"""
+        return tuple(self.images.shape[-2:])
+
+    def batches(self, indices: Sequence[Tensor], seeds: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """uint8 [b, 3, H, W] for each index tensor [b]. seeds are for the crops of a FileSet, and change nothing here."""
+        for batch in indices:
+            yield self.images[batch]
+
+    def with_labels(self, labels: Tensor) -> ImageSet:
+        """The same images under other labels [n]."""
+        return dataclasses.replace(self, labels=labels)
+
+    def pictures(self) -> list[Image.Image]:
+        """Every image, for Pillow."""
+        return [to_pil(pixels) for pixels in self.images]
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Images that are decoded when asked for. labels: int64 [n], original class numbers; image_size: (H, W) as seen.
+
+    workers: processes that decode; None: one for each core that this process may use, none for a few images.
+    """
+
+    files: list[Path]
+    labels: Tensor
+    image_size: tuple[int, int]
+    workers: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, indices: Sequence[Tensor], seeds: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """uint8 [b, 3, H, W] for each index tensor [b], in order, decoded by workers about two batches ahead.
+
+        seeds: int64 [b] each, of which torch uses the low 32 bits. With them images are cut by `random_crop`, each by its
+        own seed alone, so that the pixels depend neither on workers nor on batches; without them by `centre_crop`.
+        Closing the iterator ends the workers. Raises ValueError naming a file that is no image, PermissionError, and
+        ChildProcessError when a worker is killed.
+        """
+        crops = [None] * len(indices) if seeds is None else seeds
+        batches = [_pieces(*batch) for batch in zip(indices, crops, strict=True)]
+        decoded = _decoded(self, [piece for batch in batches for piece in batch], max(map(len, batches), default=0))
+        for batch in batches:
+            yield torch.cat(list(itertools.islice(decoded, len(batch))))
+
+    def decode(self, places: list[int], seeds: list[int] | None) -> Tensor:
+        """Here and now: uint8 [k, 3, H, W] of the images at `places`, as `batches` cuts them."""
+        pixels = torch.empty(len(places), 3, *self.image_size, dtype=torch.uint8)
+        for n, place in enumerate(places):
+            image, size = open_image(self.files[place]), self.image_size
+            pixels[n] = to_tensor(centre_crop(image, size) if seeds is None else random_crop(image, size, seeds[n]))
+        return pixels
+
+    def with_labels(self, labels: Tensor) -> FileSet:
+        """The same files under other labels [n]."""
+        return dataclasses.replace(self, labels=labels)
+
+    def pictures(self) -> list[Path]:
+        """Every image's file."""
+        return self.files
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Training and test images of named classes; mean and std are those of the pixels in 0..1, a channel."""
 
-    train: ImageSet
-    test: ImageSet
+    train: ImageSet | FileSet
+    test: ImageSet | FileSet
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -41,22 +117,28 @@ class Dataset:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W)"""
-        return tuple(self.train.images.shape[-2:])
+        return self.train.image_size
 
 
 def load(name: str, data_dir: str | Path = "data", image_size: int = 0) -> Dataset:
-    """The data set `digits`, `cifar100` or `folder:PATH`.
+    """The data set `digits`, `cifar100`, `imagenet100` or `folder:PATH`.
 
-    image_size: pixels of the square that images of folders are cut to; 0 leaves them, and then they must be equal.
+    image_size: pixels of the square that images of folders are cut to; 0 leaves them, and then they must be equal, or is
+    the 224 of imagenet100.
     Raises ValueError that says where files were looked for.
     """
     kind, _, path = name.partition(":")
     if kind not in DATASETS or (kind == "folder") != bool(path):
-        raise ValueError(f"no data set {name!r}; there are: digits, cifar100, folder:PATH")
+        raise ValueError(f"no data set {name!r}; there are: {names()}")
     dataset = DATASETS[kind](Path(path or data_dir), image_size)
     if image_size and dataset.image_size != (image_size, image_size):
         raise ValueError(f"image_size={image_size}, but the images of {name} are {dataset.image_size}; leave it at 0")
     return dataset
+
+
+def names() -> str:
+    """The data sets, as `load` takes them."""
+    return ", ".join("folder:PATH" if name == "folder" else name for name in DATASETS)
 
 
 def digits(_: Path, __: int = 0) -> Dataset:
@@ -136,6 +218,30 @@ def _npz(path: Path) -> tuple[ImageSet, ImageSet, list[str]]:
     ), classes
 
 
+def imagenet100(root: Path, image_size: int = 0) -> Dataset:
+    """The first 100 synsets, in sorted order, of ImageNet's standard layout: `train/<wnid>/*` and `val/<wnid>/*`.
+
+    Folders that are not named like a synset are passed over, and so are synsets after the hundredth; fewer than 100 are
+    taken as they are. image_size 0 means 224. Raises ValueError naming what is missing.
+    """
+    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
+    if missing:
+        raise ValueError(f"no ImageNet in {root}: there is no {missing[0]}/<wnid>/; name its place with --data")
+    classes = sorted(f.name for f in os.scandir(root / "train") if re.fullmatch(r"n\d{8}", f.name) and f.is_dir())[:100]
+    if len(classes) < 2:
+        raise ValueError(f"{root / 'train'} holds {len(classes)} folders named like the synset n01440764, not 100")
+    size = (image_size or 224,) * 2
+    train, test = (_file_set([root / split / c for c in classes], size) for split in ("train", "val"))
+    return Dataset(train, test, classes, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _file_set(folders: list[Path], size: tuple[int, int]) -> FileSet:
+    """The image files of each class's folder; labels are places in `folders`."""
+    files = [image_files(folder) for folder in folders]
+    labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(f) for f in files]))
+    return FileSet(list(itertools.chain(*files)), labels, size)
+
+
 def folder(root: Path, image_size: int = 0) -> Dataset:
     """`train/<class>/*` and `test/<class>/*`: classes in sorted order, images in sorted order."""
     if not (root / "train").is_dir() or not (root / "test").is_dir():
@@ -153,10 +259,12 @@ def folder(root: Path, image_size: int = 0) -> Dataset:
 
 def image_files(root: Path) -> list[Path]:
     """Image files of a folder, sorted. Raises ValueError when there is none."""
-    files = sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if root.is_dir() else []
+    # Names as plain strings: ImageNet has 130000, and a Path for each that is looked at, or a stat, takes its time.
+    found = os.listdir(root) if root.is_dir() else []
+    files = sorted(name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"no image files in {root}")
-    return files
+    return [root / name for name in files]
 
 
 def read_images(files: list[Path], image_size: int = 0) -> Tensor:
@@ -202,6 +310,26 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
 
 
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """ImageNet's test transform to size = (H, W): the shorter side scaled (bicubic) to 256/224 of it, the centre cut."""
+    shorter = round(max(size) * 256 / 224)
+    return functional.center_crop(functional.resize(image, [shorter], InterpolationMode.BICUBIC), list(size))
+
+
+def random_crop(image: Image.Image, size: tuple[int, int], seed: int) -> Image.Image:
+    """ImageNet's training crop: torchvision's RandomResizedCrop(size = (H, W), bicubic) as `seed` alone draws it."""
+    # Neither all devices' generators, which a forked process may not touch, nor the caller's: it comes back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        box = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+    return functional.resized_crop(image, *box, list(size), InterpolationMode.BICUBIC)
+
+
+def crop_for(name: str) -> Callable[[Image.Image, tuple[int, int]], Image.Image]:
+    """How a picture of any size is cut to (H, W) for a network trained on the data set `name`: as its test images are."""
+    return {"imagenet100": centre_crop}.get(name, cover)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image -> uint8 [3, H, W]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -218,4 +346,90 @@ def _dataset(train: ImageSet, test: ImageSet, classes: list[str]) -> Dataset:
     return Dataset(train, test, classes, *(tuple(round(v, 4) for v in m.tolist()) for m in (mean, std)))
 
 
-DATASETS: dict[str, Callable[[Path, int], Dataset]] = {"digits": digits, "cifar100": cifar100, "folder": folder}
+_Piece = tuple[list[int], list[int] | None]  # places [k] in a FileSet, and their seeds or None
+
+
+def _pieces(places: Tensor, seeds: Tensor | None) -> list[_Piece]:
+    """A batch [b] in pieces of PIECE; one empty piece for an empty batch. Raises ValueError unless there are b seeds."""
+    if seeds is None:
+        return [(part.tolist(), None) for part in places.split(PIECE)]
+    if seeds.shape != places.shape:
+        raise ValueError(f"{len(places)} images need that many seeds, got {tuple(seeds.shape)}")
+    return [(p.tolist(), s.tolist()) for p, s in zip(places.split(PIECE), seeds.split(PIECE), strict=True)]
+
+
+class _Decoder:
+    """What a DataLoader asks for a piece. An error comes back as a value: raised, it would be wrapped in a traceback."""
+
+    def __init__(self, files: FileSet):
+        self.files = files
+
+    def __getitem__(self, piece: _Piece) -> Tensor | Exception:
+        try:
+            return self.files.decode(*piece)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _decoded(files: FileSet, pieces: list[_Piece], a_batch: int) -> Iterator[Tensor]:
+    """Each piece's images uint8 [k, 3, H, W], in order; about two batches of `a_batch` pieces are decoded ahead."""
+    workers = files.workers
+    if workers is None:
+        workers = min(_cores(), len(pieces)) if len(pieces) >= 4 else 0  # to start them takes as long as a piece or two
+    options = {}
+    if workers:
+        options["prefetch_factor"] = max(2, -(-2 * a_batch // workers))
+        if sys.platform == "linux":  # Python's newer ways to start a process import torch anew in each, every epoch
+            options["multiprocessing_context"] = "fork"
+    # With a generator of its own a DataLoader leaves torch's alone.
+    loader = DataLoader(
+        _Decoder(files), sampler=pieces, batch_size=None, num_workers=workers, generator=torch.Generator(), **options
+    )
+    arriving = None
+    try:
+        # Ctrl-C waits, and the workers, who inherit that, never see one: what it means is for this process to say.
+        with _held(signal.SIGINT):
+            arriving = iter(loader)
+        while (piece := _next(arriving)) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+    finally:
+        # What torch does when it drops the iterator, but now: a traceback may hold that for long. When a worker was
+        # killed, torch raises that again as each of the others ends, and would leave some behind.
+        with _held(signal.SIGCHLD):
+            getattr(arriving, "_shutdown_workers", lambda: None)()
+
+
+def _next(arriving: Iterator[Tensor | Exception]) -> Tensor | Exception | None:
+    """The next piece, or None after the last. Raises ChildProcessError when the workers do not bring it."""
+    try:
+        return next(arriving, None)
+    except (RuntimeError, EOFError, OSError) as error:  # according to what the worker was at when it was killed
+        reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        raise ChildProcessError(f"decoding images failed ({reason}); is memory or /dev/shm full?") from None
+
+
+@contextlib.contextmanager
+def _held(what: signal.Signals) -> Iterator[None]:
+    """A signal that comes during the body is dealt with after it; processes that the body starts never get it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {what})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cores() -> int:
+    """Cores that this process may use; torchrun's processes on one machine share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
+    "digits": digits,
+    "cifar100": cifar100,
+    "imagenet100": imagenet100,
+    "folder": folder,
+}

@@ -6,39 +6,40 @@ a[i, j] is the accuracy on task j's test images after task i, among all classes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from cil import parallel
 from cil.augment import normalize
-from cil.data import ImageSet
+from cil.data import FileSet, ImageSet
 from cil.scenario import Scenario
 
-
-def normalized_batches(images: Tensor, mean, std, device: str, batch_size: int = 256) -> Iterator[Tensor]:
-    """uint8 [n, 3, H, W] -> float batches under the test transform, on `device`."""
-    for batch in images.split(batch_size):
-        yield normalize(batch.to(device), mean, std)
+BATCH = 256  # images at a time
+PRECISION = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, mean, std, device: str) -> Tensor:
-    """Predicted labels [n], in eval mode, in float32."""
+def predict(model: nn.Module, images: ImageSet | FileSet, indices: Tensor, mean, std, device: str, amp: str) -> Tensor:
+    """Predicted labels [n] of some images under the test transform, in eval mode; amp: none (float32), bf16 or fp16."""
     model.eval()
-    return torch.cat([model(x).argmax(1).cpu() for x in normalized_batches(images, mean, std, device)])
+    batches, predicted = indices.split(BATCH), []
+    for x in images.batches(parallel.share(batches)):
+        with torch.autocast(torch.device(device).type, PRECISION[amp], enabled=amp != "none"):
+            predicted.append(model(normalize(x.to(device), mean, std)).argmax(1).cpu())
+    return torch.cat(parallel.join(predicted, len(batches)))
 
 
 def accuracy_rows(
-    model: nn.Module, test: ImageSet, scenario: Scenario, task: int, mean, std, device: str
+    model: nn.Module, test: ImageSet | FileSet, scenario: Scenario, task: int, mean, std, device: str, amp: str = "none"
 ) -> pd.DataFrame:
     """Rows of cil.tables.ACCURACY after `task`; test.labels are positions in the class order."""
+    seen = [scenario[on_task].select(test.labels) for on_task in range(task + 1)]
+    predicted = predict(model, test, torch.cat(seen), mean, std, device, amp).split([len(indices) for indices in seen])
     rows = []
-    for on_task in range(task + 1):
-        indices = scenario[on_task].select(test.labels)
-        correct = int((predict(model, test.images[indices], mean, std, device) == test.labels[indices]).sum())
+    for on_task, (indices, labels) in enumerate(zip(seen, predicted, strict=True)):
+        correct = int((labels == test.labels[indices]).sum())
         rows.append((task, on_task, len(indices), correct, correct / len(indices)))
     return pd.DataFrame(rows, columns=["task", "on_task", "images", "correct", "accuracy"])
 

@@ -12,7 +12,8 @@ def herd(features: Tensor, m: int) -> list[int]:
     """The m rows of features [n, d] that iCaRL's herding picks, in order (arXiv 1611.07725, algorithm 4).
 
     Features are L2-normalised, mu is their mean; w starts at mu; again and again the row with the largest w.f is picked
-    if it is new, and w += mu - f. At most 1000 turns; fewer than m rows come back when there are fewer to pick.
+    if it is new, and w += mu - f. At most 1000 turns, after which fewer than m may be found; but where there are no more
+    than m, all come back.
     """
     features = F.normalize(features.double(), dim=1)
     mu = features.mean(0)
@@ -24,6 +25,8 @@ def herd(features: Tensor, m: int) -> list[int]:
         if best not in picked:
             picked.append(best)
         w = w + mu - features[best]
+    if m >= len(features):
+        picked += [row for row in range(len(features)) if row not in picked]
     return picked
 
 
@@ -32,14 +35,18 @@ def budget_per_class(budget: int, classes_seen: int) -> int:
     return budget // classes_seen
 
 
-def remember(old: pd.DataFrame | None, features: Tensor, labels: Tensor, indices: Tensor, m: int) -> pd.DataFrame:
+def remember(
+    old: pd.DataFrame | None, features: Tensor, labels: Tensor, indices: Tensor, m: int, process: int = 0
+) -> pd.DataFrame:
     """The memory after a task: old classes keep their first m exemplars, new ones get m by herding.
 
-    old: rows of cil.tables.MEMORY or None; features [n, d], labels [n] and data-set indices [n] are of the new classes.
+    old: rows of cil.tables.MEMORY or None, of which those of `process` count; features [n, d], labels [n] and data-set
+    indices [n] are of the new classes.
     """
-    rows = [] if old is None else [old[old["rank"] < m]]
+    rows = [] if old is None else [old[(old["rank"] < m) & (old["process"] == process)]]
     for label in labels.unique().tolist():
         mine = (labels == label).nonzero().squeeze(1)
         chosen = indices[mine[torch.tensor(herd(features[mine], m), dtype=torch.long)]]
-        rows.append(pd.DataFrame({"label": label, "rank": range(len(chosen)), "image": chosen.tolist()}))
+        ranks = range(len(chosen))
+        rows.append(pd.DataFrame({"process": process, "label": label, "rank": ranks, "image": chosen.tolist()}))
     return pd.concat(rows, ignore_index=True)

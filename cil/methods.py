@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Method:
     """token_per_task: DyTox's task tokens, head t reading token t; else one class token read by all heads.
     divergence: weight of the divergence head's loss, 0 for none.
-    frozen: parts of the network (prefixes of parameter names) that stay as they are from task 1 on; `{old}` stands for
+    frozen: parts of the network (names of modules or parameters) that stay as they are from task 1 on; `{old}` stands for
     the number of each old task. finetuned: the only parts that balanced fine-tuning changes.
     """
 
@@ -20,6 +20,6 @@ class Method:
 
 
 METHODS = {
-    "baseline": Method(False, 0.0, frozen=("heads.{old}.",), finetuned=("tokens.", "heads.")),
-    "dytox": Method(True, 0.1, frozen=("heads.{old}.", "tokens.{old}"), finetuned=("tokens.", "task_block.", "heads.")),
+    "baseline": Method(False, 0.0, frozen=("heads.{old}",), finetuned=("tokens", "backbone.cls_token", "heads")),
+    "dytox": Method(True, 0.1, frozen=("heads.{old}", "tokens.{old}"), finetuned=("tokens", "task_block", "heads")),
 }

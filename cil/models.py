@@ -1,14 +1,36 @@
-"""The network: patch embedding, self-attention blocks, one task-attention block, and heads that grow with the tasks."""
+"""The networks: the paper's (patch embedding, self-attention blocks, one task-attention block) and timm's; growing heads."""
 
 from __future__ import annotations
 
+import difflib
+
+import timm
+import timm.layers
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from cil import parallel
 from cil.attention import GPSA, LPA, SelfAttention, TaskAttention
 from cil.methods import METHODS
 from cil.run import Run
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a row of the batch is dropped with probability p, and the others grow by 1 / (1 - p)."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        return x * self.drawn(x, (parallel.whole(len(x)),)).view(-1, *[1] * (x.dim() - 1))
+
+    def drawn(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """0 or 1 / (1 - p), drawn for the whole batch; this process's rows of it."""
+        return parallel.own(x.new_empty(shape).bernoulli_(1 - self.p)) / (1 - self.p)
 
 
 class Block(nn.Module):
@@ -36,7 +58,9 @@ class TaskBlock(Block):
 
     def drop(self, x: Tensor) -> Tensor:
         """Stochastic depth, drawn separately per token, as in DyTox."""
-        return self.drop_path(x.flatten(0, 1)).view_as(x)
+        if not self.drop_path.training or not self.drop_path.p:
+            return x
+        return x * self.drop_path.drawn(x, (parallel.whole(len(x)), x.shape[1], 1))
 
 
 class Head(nn.Sequential):
@@ -48,14 +72,39 @@ class Head(nn.Sequential):
         init_weights(self, init_std)
 
 
-class IncrementalViT(nn.Module):
-    """ConViT-like network of the paper's baseline and of DyTox; `grow` adds the classes of a task.
+class Incremental(nn.Module):
+    """What the trainer asks of a network: `grow` adds the classes of a task.
 
-    Images [B, 3, H, W] -> forward_features: token(s) [B, T, dim] -> forward_head: logits [B, classes seen].
+    Images [B, 3, H, W] -> forward_features: what the heads read, [B, T, dim] -> forward_head: logits [B, classes seen].
     """
 
-    def __init__(self, run: Run, image_size: tuple[int, int]):
+    token_per_task = False
+    div_head: Head | None = None
+
+    def __init__(self, run: Run):
         super().__init__()
+        self.init_std = run.init_std
+        self.heads = nn.ModuleList()  # one a task
+
+    def grow(self, num_classes: int, divergence: bool = False) -> None:
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """[B, T, dim] -> logits [B, classes seen]: head t reads token t, or all heads the one class token"""
+        return torch.cat([head(features[:, t if self.token_per_task else 0]) for t, head in enumerate(self.heads)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class IncrementalViT(Incremental):
+    """ConViT-like network of the paper's baseline and of DyTox: heads read class or task tokens, [B, T, dim]."""
+
+    def __init__(self, run: Run, image_size: tuple[int, int]):
+        super().__init__(run)
         if any(side % run.patch_size for side in image_size):
             raise ValueError(f"patch_size={run.patch_size} does not divide the image size {image_size}")
         self.token_per_task = METHODS[run.method].token_per_task
@@ -71,9 +120,7 @@ class IncrementalViT(nn.Module):
             run.dim, TaskAttention(run.dim, run.num_heads, self.grid), run.mlp_ratio, drop_path[-1]
         )
         self.tokens = nn.ParameterList()  # one class token, or one token a task: [1, 1, dim] each
-        self.heads = nn.ModuleList()  # one a task
-        self.div_head: Head | None = None
-        self.init_std = run.init_std
+        self.div_head = None
         init_weights(self, run.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=run.init_std)
         for block in self.blocks:
@@ -102,12 +149,50 @@ class IncrementalViT(nn.Module):
         patches = self.forward_patches(x)
         return self.task_block(torch.cat(list(self.tokens), dim=1).expand(len(x), -1, -1), patches)
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """[B, T, dim] -> logits [B, classes seen]: head t reads token t, or all heads the one class token"""
-        return torch.cat([head(features[:, t if self.token_per_task else 0]) for t, head in enumerate(self.heads)], 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+class IncrementalTimm(Incremental):
+    """A timm model as `backbone`, of the run's image and patch size: heads read its pooled features, [B, 1, dim]."""
+
+    def __init__(self, run: Run, image_size: tuple[int, int]):
+        super().__init__(run)
+        name = run.model.removeprefix("timm/")
+        if not timm.is_model(name.split(".")[0]):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        options = {"img_size": image_size, "patch_size": run.patch_size, "drop_path_rate": run.drop_path}
+        if run.global_pool:
+            options["global_pool"] = run.global_pool
+        try:
+            self.backbone = timm.create_model(name, num_classes=0, **options)
+            with torch.no_grad():
+                self.dim = self.backbone.eval()(torch.zeros(1, 3, *image_size)).shape[1]
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            sizes = f"image size {image_size}, patch_size={run.patch_size}"
+            raise ValueError(f"{run.model} cannot be made for {sizes}: {reason}") from None
+        for module in list(self.backbone.modules()):  # timm's draws would depend on the number of processes
+            for child_name, child in module.named_children():
+                if isinstance(child, timm.layers.DropPath):
+                    setattr(module, child_name, DropPath(child.drop_prob))
+
+    # Where the instrument finds grid and prefix tokens.
+    patch_embed = property(lambda self: self.backbone.patch_embed)
+    num_prefix_tokens = property(lambda self: self.backbone.num_prefix_tokens)
+
+    def grow(self, num_classes: int, divergence: bool = False) -> None:
+        """Add a task of `num_classes` classes: a head."""
+        device = next(self.backbone.parameters()).device
+        self.heads.append(Head(self.dim, num_classes, self.init_std).to(device))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 1, dim]"""
+        return self.backbone(x)[:, None]
+
+
+def create_model(run: Run, image_size: tuple[int, int]) -> Incremental:
+    """The run's network before its first task. Raises ValueError where model, image and patch size do not fit."""
+    kind = IncrementalTimm if run.model.startswith("timm/") else IncrementalViT
+    return kind(run, image_size)
 
 
 def self_attention(run: Run, index: int, grid: tuple[int, int]) -> nn.Module:

@@ -1,47 +1,78 @@
-"""The runs of the paper by name: functions that return a Run. Docstring: cost, expected number.
+"""The runs of the paper by name: what to train for each cell of its tables and each point of its sweeps, at four scales.
 
-Train one with `locality-probe train NAME --out DIR`; its joint counterpart is NAME-joint (a model per step) or
-NAME-joint-terminal (one model on all classes). A new recipe is a function here with @recipe.
+    paper               the protocol at full size, on a GPU
+    paper-as-released   the same with the quirks of the released code, each a setting of its own
+    small               real CIFAR-100, all classes, cut to minutes on one core
+    demo                digits, seconds
+
+A name is SCALE[-imagenet][-SCENARIO]-METHOD: paper-b50-5-dytox-lpa, demo-baseline. Sweeps end in -lambda-VALUE or
+-nlpa-COUNT. Train one with `locality-probe train NAME --out DIR`; its joint counterpart is NAME-joint (a model per step) or
+NAME-joint-terminal (one model on all classes). A new recipe is a function with @recipe.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from cil.run import Run
 
 RECIPES: dict[str, Callable[[], Run]] = {}
 
 
-def recipe(function: Callable[[], Run]) -> Callable[[], Run]:
-    """Enter a function under its name, with hyphens."""
-    RECIPES[function.__name__.replace("_", "-")] = function
+def recipe(function: Callable[[], Run], name: str = "") -> Callable[[], Run]:
+    """Enter a function under a name, or its own with hyphens. Its docstring says what it costs and what to expect."""
+    RECIPES[name or function.__name__.replace("_", "-")] = function
     return function
 
 
 def find(name: str) -> Run:
     """The run of a recipe, with its name in it. Raises ValueError that lists near names, or all."""
-    base, training = name, "incremental"
-    for kind in ("joint-terminal", "joint"):
-        if training == "incremental" and name.endswith("-" + kind):
-            base, training = name.removesuffix("-" + kind), kind
+    base, training = split(name)
     if base not in RECIPES:
         near = difflib.get_close_matches(base, RECIPES, n=3) or sorted(RECIPES)
         raise ValueError(f"no recipe {name!r}; there: {', '.join(near)} (each also with -joint, -joint-terminal)")
-    return dataclasses.replace(RECIPES[base](), recipe=name, training=training)
+    return replace(RECIPES[base](), recipe=name, training=training)
 
 
-def with_lpa(run: Run) -> Run:
-    """The same run with all its self-attention blocks LPA."""
-    return dataclasses.replace(run, n_lpa=run.depth - 1)
+def split(name: str) -> tuple[str, str]:
+    """A name -> (the name of its incremental run, training)."""
+    for training in ("joint-terminal", "joint"):
+        if name.endswith("-" + training):
+            return name.removesuffix("-" + training), training
+    return name, "incremental"
 
 
-@recipe
-def demo_baseline() -> Run:
-    """scikit-learn's digits, 5 tasks of 2 classes, 50 images each, 3 self-attention blocks of dimension 36: under a
-    minute on one core. Measured: Last 71.3, Avg 85.0, Fgt 19.1."""
+# Scales: the baseline on CIFAR-100 B10-10, or digits.
+
+
+def paper() -> Run:
+    """The protocol of arXiv 2304.06971."""
+    return Run()
+
+
+def paper_as_released() -> Run:
+    """As the released code trains on two processes: what it does otherwise than the paper says, switch by switch."""
+    return replace(
+        paper(),
+        memory_mode="per-process:2", herding_crop=True, cosine_epochs_first=600, schedule_late=True, repeats=3,
+        lambda_init_mode="normal", eval_amp="fp16", frozen_eval=False,
+    )  # fmt: skip
+
+
+def small() -> Run:
+    """All of CIFAR-100's classes and 100 training images of each. How it was chosen: README, "How small was chosen"."""
+    return replace(
+        paper(),
+        images_per_class=100, dim=108, num_heads=9,
+        epochs_first=12, epochs=12, batch_size=32, lr_first=1e-3, lr=1e-3, warmup_epochs=2, finetune_epochs=5,
+        finetune_lr=1e-4, rand_augment="", mixup=0.0, memory=500, amp="bf16",
+    )  # fmt: skip
+
+
+def demo() -> Run:
+    """scikit-learn's digits, 5 tasks of 2 classes, 50 images each, 3 self-attention blocks of dimension 36."""
     return Run(
         dataset="digits", class_order="alphabetical", scenario="B2-2", images_per_class=50,
         dim=36, num_heads=9, depth=4, patch_size=1, init_std=0.1,
@@ -50,30 +81,112 @@ def demo_baseline() -> Run:
     )  # fmt: skip
 
 
-@recipe
-def demo_baseline_lpa() -> Run:
-    """As demo-baseline, with LPA in every self-attention block. Measured: Last 85.1, Avg 90.5, Fgt 8.8."""
-    return with_lpa(demo_baseline())
+def on_imagenet(run: Run) -> Run:
+    """The same on ImageNet-100: 224 pixels in patches of 16; files are cut by RandomResizedCrop as they are read."""
+    return replace(run, dataset="imagenet100", class_order="imagenet100", image_size=224, patch_size=16, crop_padding=0)
 
 
-@recipe
-def paper_b10_10_baseline() -> Run:
-    """Table 1, CIFAR-100 B10-10, baseline at full size: 156 560 steps at batch 256, which needs a GPU. Published: Last
-    63.11, Avg 74.74, Fgt 12.52."""
-    return Run()
+def with_lpa(run: Run) -> Run:
+    """The same with all its self-attention blocks LPA."""
+    return replace(run, n_lpa=run.depth - 1)
 
 
-@recipe
-def paper_b10_10_baseline_lpa() -> Run:
-    """Table 1, CIFAR-100 B10-10, baseline + LPA, cost as paper-b10-10-baseline. Published: Last 65.27, Avg 76.50,
-    Fgt 11.20."""
-    return with_lpa(paper_b10_10_baseline())
+def with_dytox(run: Run) -> Run:
+    """The same network with a token a task; with mixup, as in the paper, it is DyTox+."""
+    return replace(run, method="dytox")
+
+
+SCALES = {"paper": paper, "paper-as-released": paper_as_released, "small": small, "demo": demo}
+SYSTEMS: dict[str, tuple[str, Callable[[Run], Run]]] = {
+    "baseline": ("baseline", lambda run: run),
+    "baseline-lpa": ("baseline + LPA", with_lpa),
+    "dytox": ("DyTox+", with_dytox),
+    "dytox-lpa": ("DyTox+ + LPA", lambda run: with_lpa(with_dytox(run))),
+}
+SCENARIOS = {"cifar": ("B10-10", "B5-5", "B50-10", "B50-5"), "imagenet": ("B10-10", "B50-10", "B50-5")}
+LAMBDAS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the range of the paper's Fig. 8
+# Last / Avg / Fgt of the SYSTEMS in turn: Table 1 (CIFAR-100) and Table 2 (ImageNet-100).
+PUBLISHED = {
+    "b10-10": ("63.11 / 74.74 / 12.52", "65.27 / 76.50 / 11.20", "66.79 / 77.66 / 15.36", "68.92 / 78.74 / 14.30"),
+    "b5-5": ("60.23 / 72.91 / 12.47", "60.38 / 73.14 / 12.45", "62.60 / 76.02 / 21.48", "63.99 / 77.21 / 20.73"),
+    "b50-10": ("66.20 / 73.70 / 11.82", "68.52 / 74.96 / 10.02", "69.64 / 76.00 / 9.464", "69.76 / 76.19 / 9.708"),
+    "b50-5": ("63.77 / 71.86 / 14.84", "65.54 / 73.08 / 13.22", "65.70 / 73.30 / 15.13", "66.71 / 74.27 / 13.57"),
+    "imagenet-b10-10": (
+        "61.02 / 72.84 / 14.38", "61.98 / 74.81 / 16.16", "65.78 / 76.35 / 17.89", "67.54 / 77.85 / 17.02"),
+    "imagenet-b50-10": (
+        "68.10 / 75.62 / 15.86", "70.74 / 76.83 / 13.93", "71.32 / 78.08 / 9.42", "71.70 / 78.46 / 9.78"),
+    "imagenet-b50-5": (
+        "65.4 / 74.54 / 19.75", "67.9 / 75.38 / 18.30", "66.38 / 75.46 / 16.92", "68.08 / 76.26 / 16.31"),
+}  # fmt: skip
+# What a run costs, by scale and setting, and the Last / Avg / Fgt that one of seed 0 gave.
+GPU = "steps at batch 256, which needs a GPU"
+COSTS = {
+    "paper b10-10": f"156 560 {GPU}", "paper b5-5": f"200 960 {GPU}", "paper b50-10": f"130 200 {GPU}",
+    "paper b50-5": f"151 900 {GPU}", "paper imagenet-b10-10": f"339 460 {GPU}", "paper imagenet-b50-10": f"301 200 {GPU}",
+    "paper imagenet-b50-5": f"325 900 {GPU}",
+    "small b10-10": "TODO", "small b5-5": "TODO", "small b50-10": "TODO", "small b50-5": "TODO",
+    "demo": "876 steps at batch 32, under a minute on one core",
+}  # fmt: skip
+MEASURED: dict[str, str] = {}
+
+
+def enter(scale: str, setting: str, system: str, what: str, build: Callable[[], Run], published: str = "") -> None:
+    """A recipe under SCALE-SETTING-SYSTEM, with a docstring that says what, command, cost and expected numbers."""
+    name = "-".join(filter(None, (scale, setting, system)))
+    cost = COSTS[f"{scale.removesuffix('-as-released')} {setting}".strip()]
+    expected = [f"Published Last / Avg / Fgt: {published}."] * bool(published)
+    expected += [f"Measured Last / Avg / Fgt: {MEASURED[name]}." if name in MEASURED else "Not yet run."]
+
+    def function() -> Run:
+        return build()
+
+    function.__doc__ = f"{what}. Command: locality-probe train {name}. Cost: {cost}. {' '.join(expected)}"
+    recipe(function, name)
+
+
+def settings_of(scale: str) -> dict[str, tuple[str, Callable[[Run], Run]]]:
+    """Name of a setting -> (title, what it changes)."""
+    if scale == "demo":
+        return {"": ("digits B2-2", lambda run: run)}
+    found = {s.lower(): (f"CIFAR-100 {s}", lambda run, s=s: replace(run, scenario=s)) for s in SCENARIOS["cifar"]}
+    if scale.startswith("paper"):
+        for s in SCENARIOS["imagenet"]:
+            change = lambda run, s=s: on_imagenet(replace(run, scenario=s))  # noqa: E731
+            found[f"imagenet-{s.lower()}"] = (f"ImageNet-100 {s}", change)
+    return found
+
+
+def enter_all() -> None:
+    """The SYSTEMS in every setting of every scale, and both sweeps in the first."""
+    for scale, base in SCALES.items():
+        for place, (setting, (where, move)) in enumerate(settings_of(scale).items()):
+            for column, (system, (title, change)) in enumerate(SYSTEMS.items()):
+                published = PUBLISHED[setting][column] if setting and scale != "small" else ""
+                build = lambda base=base, move=move, change=change: change(move(base()))  # noqa: E731
+                enter(scale, setting, system, f"{title}, {where}", build, published)
+            if place:
+                continue
+            for value in LAMBDAS:
+                build = lambda base=base, value=value: replace(with_lpa(base()), lambda_init=value)  # noqa: E731
+                enter(
+                    scale,
+                    setting,
+                    f"baseline-lambda-{value:g}",
+                    f"baseline + LPA, lambda_init={value:g}, {where}",
+                    build,
+                )
+            for count in range(base().depth):
+                build = lambda base=base, count=count: replace(base(), n_lpa=count)  # noqa: E731
+                enter(scale, setting, f"baseline-nlpa-{count}", f"baseline, LPA in {count} layers, {where}", build)
+
+
+enter_all()
 
 
 @recipe
 def reduced_b10_10_baseline() -> Run:
-    """Real CIFAR-100 cut down to a lunch break: the first 50 classes of the usual order, 100 images each, in 5 tasks of 10;
-    a quarter of an hour on one core, its joint twin 25 minutes. Measured: Last 23.7, Avg 36.5, Fgt 26.3."""
+    """Real CIFAR-100 cut down further: the first 50 classes, 100 images each, 4 self-attention blocks, in 5 tasks of 10; a
+    quarter of an hour on one core, its joint twin 25 minutes. Measured: Last 23.7, Avg 36.5, Fgt 26.3."""
     return Run(
         num_classes=50, images_per_class=100,
         dim=108, num_heads=9, depth=5,

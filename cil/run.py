@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class Run:
     training: str = "incremental"  # incremental | joint (per step: a fresh model on tasks 0..t) | joint-terminal
 
     # data
-    dataset: str = "cifar100"  # digits | cifar100 | folder:PATH
-    data_dir: str = "data"  # where cifar100 lies
+    dataset: str = "cifar100"  # digits | cifar100 | imagenet100 | folder:PATH
+    data_dir: str = "data"  # where cifar100 or imagenet100 lies
     image_size: int = 0  # pixels; 0: as the data set has it
     scenario: str = "B10-10"
     class_order: str = "icarl"  # icarl (CIFAR-100) | imagenet100 | alphabetical
@@ -35,7 +36,9 @@ class Run:
 
     # model
     method: str = "baseline"  # baseline | dytox
-    dim: int = 384
+    model: str = "convit"  # the paper's, or timm/NAME, of which what is marked (convit) says nothing
+    global_pool: str = ""  # of a timm model: token | avg; empty: its own
+    dim: int = 384  # (convit), like all that follows up to extra_heads, but for patch_size and drop_path
     num_heads: int = 12
     depth: int = 6  # depth - 1 self-attention blocks and one task-attention block
     patch_size: int = 4
@@ -54,6 +57,8 @@ class Run:
     # optimisation
     epochs_first: int = 500
     epochs: int = 600
+    cosine_epochs_first: int = 0  # length of task 0's schedule, which its epochs may cut short; 0: epochs_first
+    schedule_late: bool = False  # every epoch has the learning rate of the one before
     batch_size: int = 256
     lr_first: float = 2.5e-4
     lr: float = 4e-4
@@ -64,6 +69,8 @@ class Run:
     finetune_epochs: int = 20
     finetune_lr: float = 5e-5
     amp: str = "none"  # none | bf16
+    eval_amp: str = "none"  # none | bf16 | fp16: precision of predictions
+    frozen_eval: bool = True  # frozen modules are in eval mode, without stochastic depth
 
     # augmentation
     crop_padding: int = 4
@@ -71,9 +78,12 @@ class Run:
     rand_augment: str = "rand-m9-mstd0.5-inc1"  # empty: none
     mixup: float = 0.8
     smoothing: float = 0.1
+    repeats: int = 1  # repeated augmentation: an epoch of n images shows n / repeats of them, so many times each
 
     # against forgetting
     memory: int = 2000  # exemplars in all
+    memory_mode: str = "shared"  # shared | per-process:W, emulated: W processes with a memory each, of that size
+    herding_crop: bool = False  # training's random crop in the images that herding compares
     kd: bool = True
     kd_tau: float = 1.0
     kd_rows: str = "old"  # old (LPA release: rows whose own label is of an old task) | all (DyTox)
@@ -82,7 +92,7 @@ class Run:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), CHOICES.get(field.name)
             if choices and value not in choices:
-                raise ValueError(f"{field.name}={value!r} is none of {', '.join(choices)}")
+                raise ValueError(f"{field.name}={value!r} is none of {', '.join(c or 'nothing' for c in choices)}")
         for names, (fits, range_) in RANGES.items():
             for name in names.split():
                 if not fits(getattr(self, name)):
@@ -94,6 +104,17 @@ class Run:
         if self.depth < 2:
             raise ValueError(
                 f"depth={self.depth} must be at least 2: self-attention blocks and one task-attention block"
+            )
+        self.memories  # noqa: B018 - says what is wrong with memory_mode
+        if self.model != "convit" and not self.model.startswith("timm/"):
+            raise ValueError(f"model={self.model!r} is neither convit nor of the form timm/NAME")
+        if self.model != "convit" and (self.method != "baseline" or self.n_lpa):
+            raise ValueError(f"model={self.model} goes with method=baseline and n_lpa=0: it has its own blocks")
+        if self.model == "convit" and self.global_pool:
+            raise ValueError(f"global_pool={self.global_pool} is for timm models; convit has tokens")
+        if 0 < self.cosine_epochs_first < self.epochs_first:
+            raise ValueError(
+                f"cosine_epochs_first={self.cosine_epochs_first} is less than epochs_first={self.epochs_first}"
             )
         if self.n_lpa > self.depth - 1:
             raise ValueError(
@@ -120,6 +141,7 @@ class Run:
         types, changes = typing.get_type_hints(type(self)), {}
         for setting in settings:
             key, equals, text = setting.partition("=")
+            key = key.replace(".", "_").replace("-", "_")
             if not equals:
                 raise ValueError(f"{setting!r} is not key=value")
             if key not in types:
@@ -128,6 +150,18 @@ class Run:
                                  f"no setting {key!r}; there are: {', '.join(types)}")  # fmt: skip
             changes[key] = _parse(key, text, types[key])
         return dataclasses.replace(self, **changes)
+
+    @property
+    def memories(self) -> int:
+        """How many processes are emulated that keep a memory each; 1 is one memory shared by all there are."""
+        match = re.fullmatch(r"per-process:([1-9]\d*)", self.memory_mode)
+        if not match and self.memory_mode != "shared":
+            raise ValueError(
+                f"memory_mode={self.memory_mode!r} is neither shared nor per-process:W, like per-process:2"
+            )
+        if match and self.batch_size % int(match[1]):
+            raise ValueError(f"memory_mode={self.memory_mode} does not divide batch_size={self.batch_size}")
+        return int(match[1]) if match else 1
 
     def joint(self, terminal: bool = False) -> Run:
         """The joint-learning counterpart: same everything but `training`."""
@@ -146,13 +180,16 @@ CHOICES = {
     "attention": ("gpsa", "mhsa"),
     "lambda_init_mode": ("constant", "normal"),
     "extra_heads": ("random", "uniform"),
+    "global_pool": ("", "token", "avg"),
     "amp": ("none", "bf16"),
+    "eval_amp": ("none", "bf16", "fp16"),
     "kd_rows": ("old", "all"),
 }
 # Fields -> (what holds, in words); a NaN fits nowhere.
 RANGES = {
-    "dim num_heads patch_size epochs_first epochs batch_size": (lambda v: v >= 1, "at least 1"),
-    "seed image_size num_classes images_per_class n_lpa warmup_epochs finetune_epochs crop_padding memory": (
+    "dim num_heads patch_size epochs_first epochs batch_size repeats": (lambda v: v >= 1, "at least 1"),
+    "seed image_size num_classes images_per_class n_lpa warmup_epochs finetune_epochs crop_padding memory "
+    "cosine_epochs_first": (
         lambda v: v >= 0, "at least 0"),
     "mixup weight_decay init_std lr_min warmup_lr locality_strength": (lambda v: 0 <= v < math.inf, "at least 0"),
     "lr_first lr finetune_lr mlp_ratio kd_tau": (lambda v: 0 < v < math.inf, "above 0"),
@@ -181,6 +218,7 @@ def randomness(seed: int, *where: object) -> Iterator[torch.Generator]:
     that goes on after an interruption needs no generator state.
     """
     digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
-    with torch.random.fork_rng():
+    # Not all devices: a process among several has nothing to do with the others' GPUs.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(int.from_bytes(digest[:8], "big"))
         yield torch.default_generator

@@ -49,6 +49,8 @@ class Table:
         part = path.with_name(f".{path.name}.part")
         try:
             frame.to_parquet(part, index=False) if path.suffix == ".parquet" else frame.to_csv(part, index=False)
+            with open(part, "rb") as file:  # also after a power cut
+                os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -104,6 +106,7 @@ TRAINING = Table(
 MEMORY = Table(
     "memory",
     keys={
+        "process": ("int64", "whose memory it is: 0, or one of those that memory_mode=per-process:W emulates"),
         "label": ("int64", "position of the class in the class order"),
         "rank": ("int64", "order in which herding picked the image, from 0"),
     },

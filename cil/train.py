@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,18 +17,30 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from cil import augment, checkpoint, data, losses
+from cil import augment, checkpoint, data, losses, parallel
 from cil.checkpoint import RunDir
-from cil.data import Dataset, ImageSet
-from cil.evaluate import accuracy_rows, normalized_batches
+from cil.data import Dataset
+from cil.evaluate import BATCH, accuracy_rows
 from cil.memory import budget_per_class, remember
 from cil.methods import METHODS
-from cil.models import IncrementalViT
+from cil.models import Incremental
 from cil.run import Run, randomness
 from cil.scenario import relabel
-from cil.tables import MEMORY, TRAINING
+from cil.schedule import (
+    Phase,
+    epoch_batches,
+    exemplars,
+    finetune_phase,
+    learning_rate,
+    main_phase,
+    plan,
+    steps_before,
+    total_steps,
+    with_memory,
+)
+from cil.tables import TRAINING
 
-SAVE_EVERY = 20.0  # seconds between two resume states; an interruption costs at most this and one epoch
+SAVE_EVERY = 20.0  # seconds between two states, what a kill costs; more where saving would take 2 % of the time
 
 
 @dataclass(frozen=True)
@@ -47,172 +62,229 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with one optimiser: the whole task, or balanced fine-tuning on the memory."""
+@dataclass
+class Session:
+    """Where and how a run is trained; nothing that its result depends on.
 
-    name: str
-    task: int
-    indices: Tensor
-    epochs: int
-    peak_lr: float
-    batch_size: int
+    Ctrl-C and SIGTERM raise KeyboardInterrupt, inside an epoch after the step that is under way: then it is saved first.
+    """
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps an epoch: whole batches only, at least one."""
-        return max(1, len(self.indices) // self.batch_size)
+    device: str
+    report: Report
+    in_epoch: bool = False
+    asked: bool = field(default=False, init=False)
 
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        def handle(number: int, frame: object) -> None:
+            if not self.in_epoch or self.asked:  # whoever asks twice does not want to wait
+                raise KeyboardInterrupt
+            self.asked = True
 
-def main_phase(directory: RunDir, task: int, indices: Tensor) -> Phase:
-    """Training on a task's images; the run's first task, also if it is all classes at once, has its own budget."""
-    run, first = directory.run, task == directory.planned_tasks[0]
-    epochs, lr = (run.epochs_first, run.lr_first) if first else (run.epochs, run.lr)
-    return Phase("fit", task, indices, epochs, lr, run.batch_size)
-
-
-def finetune_phase(directory: RunDir, task: int, exemplars: Tensor) -> Phase:
-    """Balanced fine-tuning on the memory, at a constant learning rate."""
-    run = directory.run
-    return Phase("finetune", task, exemplars, run.finetune_epochs, run.finetune_lr, run.batch_size)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambda progress: None) -> RunDir:
     """Train `run` into the directory `out`, or go on with it where it was; a finished run returns at once.
 
-    Raises ValueError for a run that does not fit its data, or an `out` that holds something else.
+    Under torchrun (parallel.processes), all processes call this. Raises ValueError for a run that does not fit its data,
+    or an `out` that holds something else or that another process trains in.
     """
-    dataset = load_dataset(run)
-    directory = checkpoint.create(out, run, dataset)
+    dataset, session = load_dataset(run), Session(device, report)
+    directory = parallel.once(checkpoint.create, out, run, dataset)
     dataset = in_class_order(dataset, directory)
-    with directory.lock():
-        tasks = directory.planned_tasks
+    with session.interruptible(), directory.lock() if parallel.rank() == 0 else contextlib.nullcontext():
         finished = directory.tasks
         model = directory.model(finished[-1]).to(device) if finished else None
-        for task in tasks[len(finished) :]:
+        for task in directory.planned_tasks[len(finished) :]:
             if run.training == "incremental":
-                model = learn_increment(directory, dataset, model, task, device, report)
+                model = learn_increment(directory, dataset, model, task, session)
             else:
-                model = learn_jointly(directory, dataset, task, device, report)
-            rows = accuracy_rows(model, dataset.test, directory.scenario, task, dataset.mean, dataset.std, device)
-            old = directory.table("accuracy")
-            if old is None or task not in set(old["task"]):
-                directory.extend("accuracy", rows)
-            directory.save_task(task, model)
+                model = learn_jointly(directory, dataset, task, session)
+            rows = accuracy_rows(
+                model, dataset.test, directory.scenario, task, dataset.mean, dataset.std, device, run.eval_amp
+            )
+            parallel.once(finish_task, directory, task, model, rows)
     return directory
 
 
 def learn_increment(
-    directory: RunDir, dataset: Dataset, model: IncrementalViT | None, task: int, device: str, report: Report
-) -> IncrementalViT:
+    directory: RunDir, dataset: Dataset, model: Incremental | None, task: int, session: Session
+) -> Incremental:
     """One task of class-incremental learning: grow, fit with the teacher's help, remember, fine-tune."""
     run, scenario, labels = directory.run, directory.scenario, dataset.train.labels
     new = scenario[task].select(labels)
     if task == 0:
-        teacher, memory, model = None, None, directory.new_model(0).to(device)
+        teacher, memory, model = None, None, directory.new_model(0).to(session.device)
     else:
         teacher, memory = copy.deepcopy(model).eval().requires_grad_(False), directory.memory(task - 1)
         directory.grow(model, task)
-    indices = new if memory is None else torch.cat([new, torch.tensor(memory["image"].to_numpy())])
 
-    model = fit(directory, dataset, model, main_phase(directory, task, indices), teacher, device, report)
+    model = fit(directory, dataset, model, main_phase(directory, task, with_memory(new, memory)), teacher, session)
     model.div_head = None  # only the main phase has it
 
     m = budget_per_class(run.memory, scenario[: task + 1].labels.stop)
     if directory.memory(task) is None and m > 0:
-        features = token_features(model, dataset, new, device)
-        memory = remember(memory, features, labels[new], new, m)
-        directory.memory_path(task).parent.mkdir(exist_ok=True)
-        MEMORY.write(memory, directory.memory_path(task))
+        parts = []
+        for process in range(run.memories):
+            features = herding_features(directory, dataset, model, task, new, process, session.device)
+            parts.append(remember(memory, features, labels[new], new, m, process))
+        parallel.once(directory.save_memory, task, pd.concat(parts))
     if task and m > 0 and run.finetune_epochs:
-        exemplars = torch.tensor(directory.memory(task)["image"].to_numpy())
-        model = fit(directory, dataset, model, finetune_phase(directory, task, exemplars), None, device, report)
+        balanced = finetune_phase(directory, task, exemplars(directory.memory(task)))
+        model = fit(directory, dataset, model, balanced, None, session)
     return model
 
 
-def learn_jointly(directory: RunDir, dataset: Dataset, task: int, device: str, report: Report) -> IncrementalViT:
+def learn_jointly(directory: RunDir, dataset: Dataset, task: int, session: Session) -> Incremental:
     """The joint counterpart at `task`: a fresh model on all classes of tasks 0..task, the same epochs, nothing else."""
     indices = directory.scenario[: task + 1].select(dataset.train.labels)
-    model = directory.new_model(task).to(device)
-    return fit(directory, dataset, model, main_phase(directory, task, indices), None, device, report)
+    model = directory.new_model(task).to(session.device)
+    return fit(directory, dataset, model, main_phase(directory, task, indices[None]), None, session)
 
 
 def fit(
-    directory: RunDir, dataset: Dataset, model: IncrementalViT, phase: Phase, teacher: nn.Module | None, device: str,
-    report: Report,
-) -> IncrementalViT:  # fmt: skip
+    directory: RunDir, dataset: Dataset, model: Incremental, phase: Phase, teacher: nn.Module | None, session: Session
+) -> Incremental:
     """Epochs of one phase, from the saved state if there is one for it; a phase that is already over is left as it is."""
-    run, method = directory.run, METHODS[directory.run.method]
-    saved = directory.load_resume()
-    saved = saved if saved and saved["task"] == phase.task else None
+    run, labels, scenario = directory.run, dataset.train.labels, directory.scenario
+    saved = directory.load_resume(phase.task)
     if saved and phase.name == "fit" and saved["phase"] == "finetune":
         return model  # its result is in the state that fine-tuning goes on from
-    images, labels = dataset.train.images, dataset.train.labels
-    scenario = directory.scenario
-    num_classes = len(scenario[: phase.task + 1].labels)
-    num_old = 0 if run.training != "incremental" or not phase.task else scenario[phase.task].labels.start
-
-    freeze(model, frozen_parts(directory, phase))
-    optimizer = torch.optim.AdamW(
-        param_groups_weight_decay(model, run.weight_decay), lr=run.lr, betas=(0.9, 0.999), eps=1e-8
-    )
-    first = 0
+    freeze(model, frozen_parts(directory, phase), run.frozen_eval)
+    learner = Learner(directory, dataset, model, teacher, phase.task, session.device)
+    first_epoch, first_step, sums, seconds = 0, 0, torch.zeros(2, dtype=torch.float64), 0.0
     if saved and saved["phase"] == phase.name:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["epoch"]
-    rows, last_saved = [], time.monotonic()
-    done, total = steps_before(directory, dataset, phase), total_steps(directory, dataset)
+        learner.optimizer.load_state_dict(saved["optimizer"])
+        first_epoch, first_step, sums, seconds = (saved[k] for k in ("epoch", "step", "sums", "seconds"))
+    phases = plan(directory, dataset)
+    before, total = steps_before(phases, phase), total_steps(phases)
+    rows, last_saved, pause = [], time.monotonic(), SAVE_EVERY
 
-    for epoch in range(first, phase.epochs):
-        began, sums = time.perf_counter(), torch.zeros(2, dtype=torch.float64)
-        lr = learning_rate(run, phase, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with randomness(run.seed, phase.task, phase.name, epoch) as generator:
-            order = phase.indices[torch.randperm(len(phase.indices), generator=generator)]
-            for step in range(phase.steps):
-                batch = order[step * phase.batch_size : (step + 1) * phase.batch_size]
-                y = labels[batch]
-                x, targets = augmented(run, images[batch].to(device), y.to(device), num_classes, dataset, generator)
-                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=run.amp == "bf16"):
-                    old_logits, distilled = teach(run, teacher, x, (y < num_old).to(device))
-                    features = model.forward_features(x)
-                    logits = model.forward_head(features)
-                    div_logits = model.div_head(features[:, -1]) if model.div_head is not None else None
-                bce, kd = losses.auto_kd(logits, targets, old_logits, distilled, run.kd_tau)
-                loss = bce + kd
-                if div_logits is not None:
-                    loss = loss + method.divergence * losses.divergence(div_logits, targets, num_old)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+    def save(epoch: int, step: int) -> None:
+        nonlocal rows, last_saved, pause
+        began = time.monotonic()
+        append_training(directory, rows)
+        state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict()}
+        place = {
+            "task": phase.task,
+            "phase": phase.name,
+            "epoch": epoch,
+            "step": step,
+            "sums": sums,
+            "seconds": seconds,
+        }
+        directory.save_resume(before + epoch * phase.steps + step, place | state)
+        rows, last_saved = [], time.monotonic()
+        pause = max(SAVE_EVERY, 50 * (last_saved - began))
 
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"the loss is {value} in task {phase.task}, {phase.name} epoch {epoch}, step {step}, at learning "
-                        f"rate {lr:.3g}; finished tasks in {directory.path}: {directory.tasks}"
-                    )
-                hits = (logits.argmax(1) == targets.argmax(1)).float().mean().item()
-                sums += torch.tensor([value, hits], dtype=torch.float64)
-                report(
-                    Progress(
-                        phase.task, len(scenario), phase.name, epoch, phase.epochs, value, hits,
-                        done + epoch * phase.steps + step + 1, total, len(batch),
-                    )
-                )  # fmt: skip
-        mean = (sums / phase.steps).tolist()
-        seconds = time.perf_counter() - began
-        images_drawn = phase.steps * min(phase.batch_size, len(phase.indices))
-        rows.append((phase.task, phase.name, epoch, phase.steps, images_drawn, *mean, lr, seconds))
-        if time.monotonic() - last_saved > SAVE_EVERY or epoch == phase.epochs - 1:
-            append_training(directory, rows)
-            rows, last_saved = [], time.monotonic()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            directory.save_resume({"task": phase.task, "phase": phase.name, "epoch": epoch + 1, **state})
+    session.in_epoch = True
+    for epoch in range(first_epoch, phase.epochs):
+        batches, seeds = epoch_batches(run, phase, epoch)
+        learner.set_learning_rate(learning_rate(run, phase, epoch))
+        mine = [parallel.rows(len(batch)) for batch in batches[first_step:]]
+        images = dataset.train.batches(
+            [batch[m] for batch, m in zip(batches[first_step:], mine, strict=True)],
+            [seed[m] for seed, m in zip(seeds[first_step:], mine, strict=True)],
+        )
+        began = time.perf_counter() - seconds
+        for step, x in enumerate(images, first_step):
+            place = phase.task, phase.name, epoch, step
+            loss, hits = learner.step(x, labels[batches[step]], place)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} in task {phase.task}, {phase.name} epoch {epoch}, step {step}, at learning rate "
+                    f"{learner.learning_rate:.3g}; the last good state: {directory.last_good()}"
+                )
+            sums += torch.tensor([loss, hits], dtype=torch.float64)
+            done = before + epoch * phase.steps + step + 1
+            drawn = len(batches[step])
+            session.report(
+                Progress(
+                    phase.task, len(scenario), phase.name, epoch, phase.epochs, loss, hits, done, total, drawn,
+                )
+            )  # fmt: skip
+            seconds, here = time.perf_counter() - began, (epoch, step + 1)
+            if step + 1 == phase.steps:
+                images_drawn = phase.steps * drawn
+                means = (sums / phase.steps).tolist()
+                rows.append((*place[:3], phase.steps, images_drawn, *means, learner.learning_rate, seconds))
+                here, seconds = (epoch + 1, 0), 0.0
+                sums.zero_()
+            stop, over = parallel.anywhere(session.asked), here == (phase.epochs, 0)
+            if parallel.rank() == 0 and (stop or over or time.monotonic() - last_saved > pause):
+                save(*here)
+            if stop:
+                raise KeyboardInterrupt
+        first_step = 0
+    session.in_epoch = False
     model.requires_grad_(True)
     return model.eval()
+
+
+class Learner:
+    """One optimiser step after another on one task, `step` being all that happens to a batch."""
+
+    def __init__(
+        self, directory: RunDir, dataset: Dataset, model: Incremental, teacher: nn.Module | None, task: int, device: str
+    ):
+        run, scenario = directory.run, directory.scenario
+        self.run, self.dataset, self.model, self.teacher, self.device = run, dataset, model, teacher, device
+        self.num_classes = len(scenario[: task + 1].labels)
+        self.num_old = scenario[task].labels.start if run.training == "incremental" else 0
+        self.divergence = METHODS[run.method].divergence
+        groups = param_groups_weight_decay(model, run.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, x: Tensor, y: Tensor, place: tuple) -> tuple[float, float]:
+        """x: this process's images, uint8 [b, 3, H, W]; y: labels of the whole batch [B]; place: names the random draws.
+
+        Returns the loss and the accuracy of the whole batch.
+        """
+        run = self.run
+        distilled = y < self.num_old if run.kd_rows == "old" else None  # None: all
+        taught = self.teacher is not None and run.kd and (distilled is None or bool(distilled.any()))
+        with parallel.batch(len(y)), randomness(run.seed, *place) as generator:
+            x, own = x.to(self.device), parallel.own(y).to(self.device)
+            x, targets = augmented(run, x, own, self.num_classes, self.dataset, generator)
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
+                mine = parallel.own(distilled) if distilled is not None else None
+                old_logits = teach(self.teacher, x, mine, self.num_old) if taught else None
+                features = self.model.forward_features(x)
+                logits = self.model.forward_head(features)
+                div_logits = self.model.div_head(features[:, -1]) if self.model.div_head is not None else None
+            # From here on, the whole batch: the loss does not depend on how many processes shared it.
+            logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
+            old_logits = parallel.gather(old_logits.float()) if taught else None
+            distilled = distilled.to(self.device) if distilled is not None else None
+            bce, kd = losses.auto_kd(logits, targets, old_logits, distilled, run.kd_tau)
+            loss = bce + kd
+            if div_logits is not None:
+                div_logits = parallel.gather(div_logits.float())
+                loss = loss + self.divergence * losses.divergence(div_logits, targets, self.num_old)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        parallel.sum_gradients(self.model)
+        self.optimizer.step()
+        hits = (logits.argmax(1) == targets.argmax(1)).float().mean()
+        return tuple(torch.stack([loss.detach(), hits]).tolist())
 
 
 def augmented(
@@ -230,50 +302,65 @@ def augmented(
 
 
 @torch.no_grad()
-def teach(run: Run, teacher: nn.Module | None, x: Tensor, is_old: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's logits [B, C_old] and which rows [B] are distilled; (None, None) where its output is not used."""
-    if teacher is None or not run.kd or (run.kd_rows == "old" and not is_old.any()):
-        return None, None
-    return teacher(x), is_old if run.kd_rows == "old" else None
+def teach(teacher: nn.Module, x: Tensor, rows: Tensor | None, num_old: int) -> Tensor:
+    """The teacher's logits [B, num_old]. It sees only `rows` [B], None for all; the others are zero."""
+    if rows is None:
+        return teacher(x)
+    logits = x.new_zeros(len(x), num_old)
+    rows = rows.to(x.device)
+    if rows.any():
+        logits[rows] = teacher(x[rows]).float()
+    return logits
 
 
 @torch.no_grad()
-def token_features(model: IncrementalViT, dataset: Dataset, indices: Tensor, device: str) -> Tensor:
-    """What herding compares: the task-attention block's tokens, concatenated, under the test transform: [n, T * dim]."""
+def herding_features(
+    directory: RunDir, dataset: Dataset, model: Incremental, task: int, indices: Tensor, process: int, device: str
+) -> Tensor:
+    """What herding compares: the tokens that the heads read, concatenated, under the test transform: [n, T * dim].
+
+    With herding_crop, under training's random crop, for each emulated process another.
+    """
     model.eval()
-    batches = normalized_batches(dataset.train.images[indices], dataset.mean, dataset.std, device)
-    return torch.cat([model.forward_features(x).flatten(1).cpu() for x in batches])
+    run, place = directory.run, (task, "herding", process)
+    batches, features = indices.split(BATCH), []
+    with randomness(run.seed, *place) as generator:
+        seeds = torch.randint(2**62, (len(indices),), generator=generator).split(BATCH)
+    mine, my_seeds = parallel.share(batches), parallel.share(seeds)
+    for x, seed in zip(dataset.train.batches(mine, my_seeds if run.herding_crop else None), my_seeds, strict=True):
+        if run.herding_crop and run.crop_padding:
+            with randomness(run.seed, *place, int(seed[0])) as generator:
+                x = augment.random_crop(x, run.crop_padding, generator)
+        x = augment.normalize(x.to(device), dataset.mean, dataset.std)
+        features.append(model.forward_features(x).flatten(1).cpu())
+    return torch.cat(parallel.join(features, len(batches)))
 
 
 def frozen_parts(directory: RunDir, phase: Phase) -> Callable[[str], bool]:
     """Whether a parameter name is frozen in this phase (cil.methods)."""
     method = METHODS[directory.run.method]
     if phase.name == "finetune":
-        return lambda name: not name.startswith(method.finetuned)
+        return lambda name: not is_part(name, method.finetuned)
     if directory.run.training != "incremental":
         return lambda name: False
-    old = tuple(prefix.format(old=t) for prefix in method.frozen for t in range(phase.task))
-    return lambda name: name.startswith(old)
+    old = [part.format(old=t) for part in method.frozen for t in range(phase.task)]
+    return lambda name: is_part(name, old)
 
 
-def freeze(model: nn.Module, frozen: Callable[[str], bool]) -> None:
+def is_part(name: str, parts: list[str] | tuple[str, ...]) -> bool:
+    """Whether a parameter is one of `parts` or lies in one: heads.1.fc in heads.1, heads.10.fc not."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def freeze(model: nn.Module, frozen: Callable[[str], bool], frozen_eval: bool = True) -> None:
     """Gradients off where `frozen(name)`; modules whose parameters are all frozen go to eval mode, the others train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen(name))
     model.train()
-    for module in model.modules():
+    for module in model.modules() if frozen_eval else ():
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
-
-
-def learning_rate(run: Run, phase: Phase, epoch: int) -> float:
-    """Linear warm-up from warmup_lr, then a cosine over all epochs of the task down to lr_min; constant in fine-tuning."""
-    if phase.name == "finetune":
-        return phase.peak_lr
-    if epoch < run.warmup_epochs:
-        return run.warmup_lr + epoch * (phase.peak_lr - run.warmup_lr) / run.warmup_epochs
-    return run.lr_min + 0.5 * (phase.peak_lr - run.lr_min) * (1 + math.cos(math.pi * epoch / phase.epochs))
 
 
 def load_dataset(run: Run) -> Dataset:
@@ -291,71 +378,21 @@ def in_class_order(dataset: Dataset, directory: RunDir) -> Dataset:
         for label in range(len(order)):
             mine = shuffled[train[shuffled] == label]
             train[mine[run.images_per_class :]] = -1
-    return Dataset(
-        ImageSet(dataset.train.images, train), ImageSet(dataset.test.images, test), dataset.classes, dataset.mean, dataset.std
-    )  # fmt: skip
+    return replace(dataset, train=dataset.train.with_labels(train), test=dataset.test.with_labels(test))
 
 
-def plan(directory: RunDir, dataset: Dataset) -> list[Phase]:
-    """Every phase of the run in order, with its number of images; what --dry-run prints. dataset: in class order."""
-    run, scenario = directory.run, directory.scenario
-    sizes = [len(task.select(dataset.train.labels)) for task in scenario]
-    phases = []
-    for task in directory.planned_tasks:
-        if run.training != "incremental":
-            phases.append(main_phase(directory, task, torch.arange(sum(sizes[: task + 1]))))
-            continue
-        kept = memory_size(directory, dataset, task - 1) if task else 0
-        phases.append(main_phase(directory, task, torch.arange(sizes[task] + kept)))
-        kept = memory_size(directory, dataset, task)
-        if task and kept and run.finetune_epochs:
-            phases.append(finetune_phase(directory, task, torch.arange(kept)))
-    return phases
-
-
-def describe_plan(run: Run) -> str:
-    """What --dry-run prints: tasks, images, memory, epochs, steps, learning rates."""
-    dataset = load_dataset(run)
-    directory = checkpoint.describe("run", run, dataset)
-    dataset = in_class_order(dataset, directory)
-    lines = [f"{'task':>4} {'classes':>7} {'phase':>8} {'images':>7} {'epochs':>6} {'steps':>8} {'peak lr':>8}"]
-    phases = plan(directory, dataset)
-    for phase in phases:
-        classes = len(directory.scenario[: phase.task + 1].labels)
-        lines.append(
-            f"{phase.task:>4} {classes:>7} {phase.name:>8} {len(phase.indices):>7} {phase.epochs:>6} "
-            f"{phase.steps * phase.epochs:>8} {phase.peak_lr:>8.1e}"
-        )
-    steps = sum(p.steps * p.epochs for p in phases)
-    parameters = sum(p.numel() for p in directory.grown_model(directory.planned_tasks[-1]).parameters())
-    kept = 0 if run.training != "incremental" else memory_size(directory, dataset, len(directory.scenario) - 1)
-    lines.append(
-        f"{steps} steps at batch {run.batch_size}; {kept} exemplars at the end; {parameters} parameters; "
-        f"{run.training} training on {run.dataset}, {run.scenario}, {len(directory.class_order)} classes"
-    )
-    return "\n".join(lines)
-
-
-def memory_size(directory: RunDir, dataset: Dataset, task: int) -> int:
-    """Exemplars kept after `task`."""
-    classes = directory.scenario[: task + 1].labels
-    m = budget_per_class(directory.run.memory, len(classes))
-    return sum(min(m, int((dataset.train.labels == label).sum())) for label in classes)
-
-
-def total_steps(directory: RunDir, dataset: Dataset) -> int:
-    return sum(p.steps * p.epochs for p in plan(directory, dataset))
-
-
-def steps_before(directory: RunDir, dataset: Dataset, phase: Phase) -> int:
-    phases = plan(directory, dataset)
-    here = next(i for i, p in enumerate(phases) if (p.name, p.task) == (phase.name, phase.task))
-    return sum(p.steps * p.epochs for p in phases[:here])
+def finish_task(directory: RunDir, task: int, model: Incremental, rows: pd.DataFrame) -> None:
+    """Accuracy, then weights: with them the task is finished."""
+    old = directory.table("accuracy")
+    if old is None or task not in set(old["task"]):
+        directory.extend("accuracy", rows)
+    directory.save_task(task, model)
 
 
 def append_training(directory: RunDir, rows: list[tuple]) -> None:
     """Add epochs to training.csv; an epoch that is run again after an interruption replaces its row."""
     new = pd.DataFrame(rows, columns=list(TRAINING.columns))
     old = directory.table("training")
-    both = new if old is None else pd.concat([old, new])
-    TRAINING.write(both.drop_duplicates(list(TRAINING.keys), keep="last"), directory.path / "training.csv")
+    if len(new) or old is None:
+        both = new if old is None else pd.concat([old, new])
+        TRAINING.write(both.drop_duplicates(list(TRAINING.keys), keep="last"), directory.path / "training.csv")

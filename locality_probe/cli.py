@@ -85,16 +85,17 @@ def main() -> None:
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/RECIPE]")
-@click.option("--data", "data_dir", help="Where cifar100 lies: short for --set data_dir=...")
+@click.option("--data", "data_dir", help="Where cifar100 or imagenet100 lies: short for --set data_dir=...")
 @click.option("--download", is_flag=True, help="Fetch CIFAR-100 into --data first.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
-@click.option("--dry-run", is_flag=True, help="Print tasks, images and steps; train nothing.")
+@click.option("--dry-run", is_flag=True, help="Print tasks, steps, memory, estimated time and disk; train nothing.")
 @device_option
 def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -> None:
     """Train RECIPE class after class, or go on with it where it was.
 
     NAME-joint is the joint counterpart of recipe NAME: a fresh model for each task on all classes seen by then;
-    NAME-joint-terminal is one model on all classes. `locality-probe recipes` lists the names.
+    NAME-joint-terminal is one model on all classes. `locality-probe recipes` lists the names. The same run on several
+    processes: torchrun --nproc-per-node N -m locality_probe train RECIPE.
     """
     from cil import data, recipes
 
@@ -102,8 +103,9 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     run = typed(lambda: recipes.find(recipe).change(settings))
     import torch
 
+    from cil import parallel
+    from cil.dry_run import describe_plan
     from cil.evaluate import format_scores
-    from cil.train import describe_plan
     from cil.train import train as train_run
     from locality_probe.progress import training
 
@@ -113,23 +115,28 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
         raise click.UsageError(f"--download is for cifar100, and {recipe} trains on {run.dataset}")
     if download:
         data.download_cifar100(run.data_dir)
-    if dry_run:
-        click.echo(describe_plan(run))
-        return
     out, device = out or Path("runs") / recipe, resolve_device(device)
+    if dry_run:
+        click.echo(describe_plan(run, device))
+        return
     typed(check_folder, out)
-    with resumable(), training(out.name) as report:
-        directory = train_run(run, out, device, report)
-    done = f"tasks {directory.tasks[0]} to {directory.tasks[-1]} finished"
-    click.echo(f"{directory.path}: {done}; {format_scores(directory.table('accuracy'), directory.run.training)}")
+    with resumable(), parallel.processes(device) as here, training(out.name, parallel.rank() == 0) as report:
+        directory, first = train_run(run, out, here, report), parallel.rank() == 0
+    if first:
+        done = f"tasks {directory.tasks[0]} to {directory.tasks[-1]} finished"
+        click.echo(f"{directory.path}: {done}; {format_scores(directory.table('accuracy'), directory.run.training)}")
 
 
 @main.command()
-def recipes() -> None:
-    """List the recipes; each also has -joint and -joint-terminal."""
+@click.argument("text", default="")
+def recipes(text) -> None:
+    """List the recipes whose names hold TEXT; each also has -joint and -joint-terminal."""
     from cil.recipes import RECIPES
 
-    for name, function in RECIPES.items():
+    found = {name: function for name, function in RECIPES.items() if text in name}
+    if not found:
+        raise click.UsageError(f"no recipe holds {text!r}; `locality-probe recipes` lists them")
+    for name, function in found.items():
         click.echo(f"{name}\n    {' '.join(function.__doc__.split())}")
 
 
@@ -138,12 +145,12 @@ def recipes() -> None:
 @click.option("--model", metavar="timm/NAME", help="Measure a timm model instead.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
 @click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from timm's hub.")
-@click.option("--images", help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, folder:PATH, "
-              "or photos (two).  [default: dataset, the run's own test images; photos for --model]")  # fmt: skip
+@click.option("--images", help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, imagenet100, "
+              "folder:PATH, or photos (two).  [default: dataset, the run's own test images; photos for --model]")  # fmt: skip
 @click.option("--n", type=click.IntRange(1), help="Number of images.  [default: 256, or all of a smaller set]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the images.")
 @click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")
-@click.option("--data", "data_dir", help="Where cifar100 lies.  [default: where the run found it]")
+@click.option("--data", "data_dir", help="Where cifar100 or imagenet100 lies.  [default: where the run found it]")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the tables.  [default: the first CKPT_DIR, or .]"
 )

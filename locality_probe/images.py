@@ -52,7 +52,7 @@ def load_images(
     """n images of `source`, drawn without replacement by `seed` and kept in the source's order; None: 256, or all if fewer.
 
     source: a folder of image files, a .npy or .npz file with floats [n, 3, H, W] that are already normalised, or the test
-    images of digits, cifar100, folder:PATH, or `photos`: the two of scikit-learn.
+    images of digits, cifar100, imagenet100, folder:PATH, or `photos`: the two of scikit-learn.
     classes: of a data set, only these (original class numbers).
     Raises ValueError for an unknown source, n beyond its size, and values that are not finite.
     """
@@ -76,13 +76,12 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     path = Path(source)
     if source.partition(":")[0] in data.DATASETS and not path.is_dir():
         test = data.load(source, data_dir).test
-        images = [data.to_pil(pixels) for pixels in test.images]
         wanted = (
             torch.ones(len(test), dtype=torch.bool)
             if classes is None
             else torch.isin(test.labels, torch.tensor(classes))
         )
-        return images, f"{source}, test", wanted.nonzero().squeeze(1)
+        return test.pictures(), f"{source}, test", wanted.nonzero().squeeze(1)
     if path.suffix in (".npy", ".npz"):
         images = _array(path)
     elif source == "photos":
@@ -92,9 +91,7 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     elif path.is_dir():
         images = data.image_files(path)
     else:
-        raise ValueError(
-            f"no images {source!r}: give a folder, a .npy or .npz file, digits, cifar100, folder:PATH or photos"
-        )
+        raise ValueError(f"no images {source!r}: give a folder, a .npy or .npz file, {data.names()} or photos")
     return images, source, torch.arange(len(images))
 
 

@@ -13,7 +13,7 @@ from cil.train import Progress
 
 
 @contextlib.contextmanager
-def training(name: str) -> Iterator[Callable[[Progress], None]]:
+def training(name: str, shown: bool = True) -> Iterator[Callable[[Progress], None]]:
     """The `report` of cil.train: task, epoch, loss, accuracy, images/s and time left, from the first step on."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     began, images = time.monotonic(), 0
@@ -23,7 +23,7 @@ def training(name: str) -> Iterator[Callable[[Progress], None]]:
         nonlocal bar, images
         if bar is None:
             look = {"unit": "step", "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
-            bar = tqdm(desc=name, total=p.total, initial=p.done - 1, **look)
+            bar = tqdm(desc=name, total=p.total, initial=p.done - 1, disable=not shown, **look)
         images += p.images
         rate = images / (time.monotonic() - began)
         bar.set_postfix_str(

@@ -36,11 +36,11 @@ class Subject:
 
 def from_run(directory: RunDir, task: int) -> Subject:
     """A checkpoint of a run; task -1 is the run's network as initialised, from its seed, before task 0."""
-    initial = task == INITIAL
+    initial, crop = task == INITIAL, data.crop_for(directory.run.dataset)
     model = directory.new_model(directory.planned_tasks[0]).eval() if initial else directory.model(task)
     return Subject(
         directory.name, directory.twin_of or directory.name, directory.run.training, task, model,
-        lambda image: data.cover(image, directory.image_size), directory.mean, directory.std,
+        lambda image: crop(image, directory.image_size), directory.mean, directory.std,
     )  # fmt: skip
 
 
@@ -93,7 +93,10 @@ def from_model_option(option: str, weights: Path | None, pretrained: bool, warn:
 
 
 def from_file(path: Path) -> Subject:
-    """A weights file: one of our runs' by the run.json beside it, else by the names of the LPA and DyTox releases."""
+    """A weights file: one of our runs' by the run.json beside it, else by the names of the LPA and DyTox releases.
+
+    Those train on CIFAR-100, or at 224 pixels on ImageNet-100, and images are taken as they do there.
+    """
     if not path.is_file():
         raise ValueError(f"no weights file {path}")
     if is_task_of_run(path):
@@ -104,10 +107,12 @@ def from_file(path: Path) -> Subject:
         raise ValueError(f"{path} is none of the run's tasks {directory.tasks}")
     model = foreign.read(read_weights(path), path)
     size = tuple(g * p for g, p in zip(model.grid, model.patch_embed.patch_size, strict=True))
+    mean, std, crop = data.CIFAR100_MEAN, data.CIFAR100_STD, data.cover
+    if size == (224, 224):
+        mean, std, crop = data.IMAGENET_MEAN, data.IMAGENET_STD, data.centre_crop
     return Subject(
-        path.stem, path.stem, "model", len(model.heads) - 1, model,
-        lambda image: data.cover(image, size), data.CIFAR100_MEAN, data.CIFAR100_STD,
-    )  # fmt: skip
+        path.stem, path.stem, "model", len(model.heads) - 1, model, lambda image: crop(image, size), mean, std
+    )
 
 
 def is_task_of_run(path: Path) -> bool:

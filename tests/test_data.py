@@ -109,7 +109,7 @@ def test_folder_of_odd_sizes(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "folder", "folder:", "digits:x", "cifar100:x"])
 def test_unknown_data_set(name, tmp_path):
-    with pytest.raises(ValueError, match="there are: digits, cifar100, folder:PATH"):
+    with pytest.raises(ValueError, match="there are: digits, cifar100, imagenet100, folder:PATH"):
         data.load(name, tmp_path)
 
 

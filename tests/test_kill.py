@@ -1,46 +1,182 @@
-"""kill -9 for real: a process that trains is killed again and again, and started again with the same arguments."""
+"""Nothing is lost: processes that train are killed, stopped, or run out of disk, and started again with the same arguments.
 
+What comes out is bit-equal to the undisturbed run: weights, memory, accuracy.
+"""
+
+import contextlib
 import multiprocessing
+import os
 import random
+import resource
+import signal
 import time
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from cil import checkpoint, evaluate, memory, tables
 from cil import train as module
-from cil.train import train
+from cil.checkpoint import RunDir, open_run
+from cil.train import Learner, train
+
+FORK = multiprocessing.get_context("fork")  # torch is loaded already, and on one thread it may be forked
 
 
-def victim(run, out):
-    torch.set_num_threads(1)  # as in the undisturbed run: the order of sums depends on it
+def assert_equal(first: Path, second: Path) -> None:
+    for task in range(3):
+        name = f"task_{task:02d}"
+        a, b = (load_file(root / f"{name}.safetensors") for root in (first, second))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        assert (first / f"memory/{name}.csv").read_text() == (second / f"memory/{name}.csv").read_text()
+    assert (first / "accuracy.csv").read_text() == (second / "accuracy.csv").read_text()
+    steps = ["task", "phase", "epoch", "steps", "images", "loss", "accuracy", "lr"]
+    a, b = (open_run(root).table("training")[steps] for root in (first, second))
+    assert a.equals(b)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name, condition, act=die):
+    """Replace owner.name by one that first acts, on the calls that fulfil the condition."""
+    real = getattr(owner, name)
+
+    def replaced(*args, **kwargs):
+        if condition(*args, **kwargs):
+            act(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+def nth(n, condition=lambda *args, **kwargs: True):
+    """Holds for the n-th call (from 0) for which `condition` does."""
+    left = [n]
+
+    def holds(*args, **kwargs):
+        if condition(*args, **kwargs):
+            left[0] -= 1
+            return left[0] == -1
+        return False
+
+    return holds
+
+
+def write_half(path, content):
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+    die()
+
+
+def is_state(path, *_):
+    return ".state" in Path(path).name
+
+
+# Where to die -> how to arrange it, given a random number generator.
+POINTS = {
+    "training": lambda r: before(Learner, "step", nth(r.randrange(4), lambda s, x, y, place: place[1] == "fit")),
+    "training, later": lambda r: before(
+        Learner, "step", nth(r.randrange(4), lambda s, x, y, place: place[:2] == (1, "fit"))
+    ),
+    "fine-tuning": lambda r: before(
+        Learner, "step", nth(r.randrange(2), lambda s, x, y, place: place[1] == "finetune")
+    ),
+    "herding": lambda r: before(memory, "herd", nth(r.randrange(4))),
+    "evaluation": lambda r: before(evaluate, "predict", nth(r.randrange(2))),
+    "half a state": lambda r: before(Path, "write_bytes", nth(r.randrange(6), is_state), write_half),
+    "a whole state without its name": lambda r: before(checkpoint.os, "replace", nth(r.randrange(6), is_state)),
+    "memory": lambda r: before(tables.os, "replace", nth(1, lambda a, b: "memory" in str(b))),
+    "between accuracy and weights": lambda r: before(RunDir, "save_task", nth(r.randrange(2))),
+    "weights": lambda r: before(checkpoint.os, "replace", nth(r.randrange(2), lambda a, b: "task_" in str(b))),
+    "between weights and the removal of states": lambda r: before(checkpoint.shutil, "rmtree", nth(r.randrange(2))),
+}
+
+
+def victim(run, out, arrange, number):
+    arrange(random.Random(number))
     module.SAVE_EVERY = 0.0
     train(run, out)
 
 
-def test_killed_run_ends_with_the_weights_of_an_undisturbed_one(toy_runs, toy, tmp_path):
-    context, out = multiprocessing.get_context("spawn"), tmp_path / "toy"
-    delays = random.Random(0)
-    killed = 0
-    for _ in range(4):
-        process = context.Process(target=victim, args=(toy, out))
-        process.start()
-        while process.is_alive() and not (out / "run.json").exists():
-            time.sleep(0.01)
-        began = time.monotonic()
-        weights = len(list(out.glob("task_*")))
-        # Some time after it has gone on: a state or a task that was not there before.
-        while process.is_alive() and len(list(out.glob("task_*"))) == weights and time.monotonic() - began < 20:
-            time.sleep(0.005)
-            if (out / "resume/state.pt").exists() and delays.random() < 0.05:
-                break
-        killed += process.is_alive()
-        process.kill()
-        process.join()
-    train(toy, out)
-    assert killed >= 3
-    for task in range(3):
-        first, second = (load_file(root / "toy" / f"task_0{task}.safetensors") for root in (toy_runs, tmp_path))
-        assert all(first[k].equal(second[k]) for k in first)
-    for table in ("accuracy.csv", "memory/task_00.csv", "memory/task_01.csv", "memory/task_02.csv"):
-        assert (toy_runs / "toy" / table).read_text() == (out / table).read_text()
-    assert not list(out.rglob("*.part")) and not (out / "resume").exists()
+@pytest.mark.parametrize("number, point", list(enumerate(POINTS)))
+def test_killed_run_ends_as_the_undisturbed_one(number, point, toy_runs, toy, tmp_path):
+    process = FORK.Process(target=victim, args=(toy, tmp_path / "toy", POINTS[point], number))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    train(toy, tmp_path / "toy")
+    assert_equal(toy_runs / "toy", tmp_path / "toy")
+    assert not (tmp_path / "toy/resume").exists()
+
+
+def slow(run, out):
+    before(Learner, "step", lambda *args: True, lambda *args: time.sleep(0.05))
+    with contextlib.suppress(KeyboardInterrupt):
+        train(run, out)
+        os._exit(3)
+    os._exit(4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_stopped_run_saves_where_it_is_and_leaves(number, steps, toy_runs, toy, tmp_path, monkeypatch):
+    """By SIGTERM, or by Ctrl-C: it does not wait for the next state, which is 20 seconds away."""
+    process, out = FORK.Process(target=slow, args=(toy, tmp_path / "toy")), tmp_path / "toy"
+    process.start()
+    while not (out / ".lock").exists():
+        time.sleep(0.005)
+    time.sleep(0.05 * steps + 0.05)
+    began = time.monotonic()
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 4 and time.monotonic() - began < 10
+    (state,) = open_run(out).resume_states()
+    seen = []
+    train(toy, out, report=seen.append)
+    assert seen[0].done == int(state.stem) + 1 > 1  # it goes on after the step that was saved, inside the epoch too
+    assert_equal(toy_runs / "toy", out)
+
+
+def without_disk(run, out, told):
+    module.SAVE_EVERY = 0.0
+
+    def fill(*_):  # no file may grow any further: the kernel refuses the write as it would on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    before(Learner, "step", nth(3), fill)
+    try:
+        train(run, out)
+    except OSError as error:
+        told.send(f"{error.filename}: {error.strerror}")
+
+
+def test_full_disk_is_one_sentence_and_the_last_state_is_intact(toy_runs, toy, tmp_path):
+    receive, send = FORK.Pipe()
+    process = FORK.Process(target=without_disk, args=(toy, tmp_path / "toy", send))
+    process.start()
+    assert receive.poll(60)
+    message = receive.recv()
+    process.join(60)
+    assert message == (
+        f"{tmp_path / 'toy/resume'}: File too large; the state before it and finished tasks [0] are as they were"
+    )
+    assert not list((tmp_path / "toy").rglob(".*.part"))
+    seen = []
+    train(toy, tmp_path / "toy", report=seen.append)
+    assert seen[0].done == 4
+    assert_equal(toy_runs / "toy", tmp_path / "toy")
+
+
+def test_second_trainer_refuses(toy, tmp_path):
+    process = FORK.Process(target=slow, args=(toy, tmp_path / "toy"))
+    process.start()
+    while not (tmp_path / "toy/.lock").exists():
+        time.sleep(0.005)
+    time.sleep(0.1)
+    with pytest.raises(ValueError, match="another process is training in"):
+        train(toy, tmp_path / "toy")
+    process.kill()
+    process.join()

@@ -12,18 +12,8 @@ from cil import checkpoint, recipes
 from cil.checkpoint import open_run
 from cil.data import CIFAR100_MEAN, CIFAR100_STD, Dataset, ImageSet
 from cil.run import Run
-from cil.train import (
-    finetune_phase,
-    fit,
-    frozen_parts,
-    in_class_order,
-    learning_rate,
-    load_dataset,
-    main_phase,
-    plan,
-    teach,
-    train,
-)
+from cil.schedule import finetune_phase, learning_rate, main_phase, plan
+from cil.train import Learner, Session, fit, frozen_parts, in_class_order, load_dataset, teach, train
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +51,17 @@ def test_published_parameter_counts(settings, parameters, cifar_labels):
 def test_learning_rate_of_the_protocol(cifar_labels):
     run = Run()
     directory = directory_of(run, cifar_labels)
-    first, later = (main_phase(directory, task, torch.arange(5000)) for task in (0, 1))
+    first, later = (main_phase(directory, task, torch.arange(5000)[None]) for task in (0, 1))
     assert (first.epochs, later.epochs) == (500, 600)
     assert learning_rate(run, first, 0) == pytest.approx(1e-6)
     assert learning_rate(run, first, 5) == pytest.approx(2.5e-4, rel=1e-3)
     assert learning_rate(run, later, 5) == pytest.approx(4e-4, rel=1e-3)
     assert learning_rate(run, later, 300) == pytest.approx((4e-4 + 1e-5) / 2)
     assert 1e-5 < learning_rate(run, later, 599) < 1.01e-5
-    fine = finetune_phase(directory, 1, torch.arange(2000))
+    fine = finetune_phase(directory, 1, torch.arange(2000)[None])
     assert {learning_rate(run, fine, epoch) for epoch in range(20)} == {5e-5}
     terminal = directory_of(run.joint(terminal=True), cifar_labels)  # its one task is its first
-    assert main_phase(terminal, 9, torch.arange(50_000)).epochs == 500
+    assert main_phase(terminal, 9, torch.arange(50_000)[None]).epochs == 500
 
 
 def test_run_directory(toy_runs, toy):
@@ -126,9 +116,9 @@ def test_incremental_and_joint_start_alike_and_part(toy_runs):
 def test_old_heads_are_frozen_in_the_main_phase_and_blocks_in_fine_tuning(toy_run, toy):
     model = toy_run.grown_model(2)
     names = [name for name, _ in model.named_parameters()]
-    main = frozen_parts(toy_run, main_phase(toy_run, 2, torch.arange(1)))
+    main = frozen_parts(toy_run, main_phase(toy_run, 2, torch.arange(1)[None]))
     assert {n for n in names if main(n)} == {n for n in names if n.startswith(("heads.0.", "heads.1."))}
-    fine = frozen_parts(toy_run, finetune_phase(toy_run, 2, torch.arange(1)))
+    fine = frozen_parts(toy_run, finetune_phase(toy_run, 2, torch.arange(1)[None]))
     assert {n for n in names if not fine(n)} == {n for n in names if n.startswith(("heads.", "tokens."))}
 
 
@@ -143,26 +133,39 @@ def test_what_is_frozen_really_stays_in_eval_mode(toy_run, tmp_path):
         modes.append([m.training for m in model.blocks.modules()] + [not m.training for m in model.heads.modules()])
 
     images = torch.tensor(toy_run.memory(2)["image"].to_numpy())
-    fit(run, dataset, model, finetune_phase(run, 2, images), None, "cpu", watch)
+    fit(run, dataset, model, finetune_phase(run, 2, images[None]), None, Session("cpu", watch))
     assert modes and not any(any(mode) for mode in modes)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith(("heads.", "tokens.")) for k in changed)
 
 
-def test_teacher_is_asked_only_where_its_output_is_used():
+def test_teacher_sees_only_the_rows_whose_logits_are_used():
     calls = []
 
     def teacher(x):
         calls.append(len(x))
-        return torch.zeros(len(x), 2)
+        return x.mean((1, 2, 3))[:, None].expand(-1, 2)
 
-    x, run = torch.zeros(4, 3, 8, 8), Run()
-    assert teach(run, teacher, x, torch.zeros(4, dtype=torch.bool)) == (None, None) and not calls
-    old = torch.tensor([True, False, False, False])
-    assert teach(run, teacher, x, old)[1] is old
-    assert teach(dataclasses.replace(run, kd_rows="all"), teacher, x, ~old & old)[1] is None
-    assert teach(dataclasses.replace(run, kd=False), teacher, x, old) == (None, None)
-    assert calls == [4, 4]
+    x, old = torch.randn(4, 3, 8, 8), torch.tensor([True, False, False, True])
+    logits = teach(teacher, x, old, 2)
+    assert torch.equal(logits[old], teacher(x)[old]) and not logits[~old].any()
+    assert torch.equal(teach(teacher, x, None, 2), teacher(x))
+    assert not teach(teacher, x, ~old & old, 2).any()
+    assert calls == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("changes", [{"kd": False}, {"kd_rows": "old"}, {"kd_rows": "all"}], ids=str)
+def test_teacher_is_asked_only_where_its_output_is_used(changes, toy_run, toy):
+    """A batch of new classes alone is distilled only where all rows are."""
+    directory = dataclasses.replace(toy_run, run=dataclasses.replace(toy, **changes))
+    dataset = in_class_order(load_dataset(toy), directory)
+    teacher, calls = directory.model(0), []
+    teacher.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    learner = Learner(directory, dataset, directory.grown_model(1), teacher, 1, "cpu")
+    for labels in ([2, 3, 2, 3], [2, 3, 0, 1]):
+        y = torch.tensor(labels)
+        learner.step(dataset.train.images[:4], y, ("test", 0))
+    assert calls == {"kd": [], "old": [2], "all": [4, 4]}[changes.get("kd_rows", "kd")]
 
 
 def test_same_seed_same_weights(toy_runs, toy, tmp_path):
@@ -216,12 +219,19 @@ def test_interrupted_run_goes_on_to_the_same_weights(steps, toy_runs, toy, tmp_p
     assert not (tmp_path / "toy/resume").exists()
 
 
-def test_torn_resume_state_costs_the_task_not_the_run(toy_runs, toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("torn", [1, 2])
+def test_torn_state_costs_what_was_done_since_the_one_before(torn, toy_runs, toy, tmp_path, monkeypatch):
     monkeypatch.setattr("cil.train.SAVE_EVERY", 0)
     train_and_stop(toy, tmp_path / "toy", 14)
-    state = tmp_path / "toy/resume/state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    train(toy, tmp_path / "toy")
+    states = open_run(tmp_path / "toy").resume_states()
+    assert [int(path.stem) for path in states] == [13, 12]
+    for state in states[:torn]:
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    seen = []
+    train(toy, tmp_path / "toy", report=seen.append)
+    assert seen[0].done == {1: 13, 2: 9}[torn]  # both torn: the task starts anew
     first, second = (load_file(root / "toy/task_02.safetensors") for root in (toy_runs, tmp_path))
     assert all(torch.equal(first[k], second[k]) for k in first)
 

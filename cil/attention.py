@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
     def attention_map(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, H, N, N]"""
         q, k = self.query_key(x)
-        return (q @ k.transpose(-2, -1) * self.scale).float().softmax(-1)
+        return wide(q @ k.mT * self.scale).softmax(-1)
 
     def attend(self, x: Tensor, v: Tensor) -> Tensor:
         """attention_map(x) @ v without the map: v [B, H, N, d] -> [B, H, N, d]"""
@@ -64,18 +64,18 @@ class GPSA(SelfAttention):
     def attention_map(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, H, N, N]"""
         along_y, along_x = self.positional_maps()
-        positional = torch.einsum("hab,hcd->hacbd", along_y, along_x).flatten(3).flatten(1, 2)  # [H, N, N]
+        positional = (along_y[:, :, None, :, None] * along_x[:, None, :, None, :]).flatten(3).flatten(1, 2)  # [H, N, N]
         s = self.gate.sigmoid()[:, None, None]
         return (1 - s) * super().attention_map(x) + s * positional
 
     def attend(self, x: Tensor, v: Tensor) -> Tensor:
-        along_y, along_x = (m.to(v.dtype) for m in self.positional_maps())
-        s = self.gate.sigmoid().to(v.dtype)[:, None, None]
+        along_y, along_x = self.positional_maps()
+        s = self.gate.sigmoid()[:, None, None]
         # Along columns, then rows: O(g^3) where the [N, N] map would cost O(g^4).
         g_h, g_w = self.grid
-        by_column = along_x[:, None] @ v.unflatten(2, (g_h, g_w))  # (B, H, N, d) -> (B, H, g_h, g_w, d)
-        by_row = along_y @ by_column.flatten(3)  # (B, H, g_h, g_w * d)
-        return (1 - s) * super().attend(x, v) + s * by_row.view_as(v)
+        by_column = along_x.to(v.dtype)[:, None] @ v.unflatten(2, (g_h, g_w))  # (B, H, N, d) -> (B, H, g_h, g_w, d)
+        by_row = (s * along_y).to(v.dtype) @ by_column.flatten(3)  # (B, H, g_h, g_w * d)
+        return torch.addcmul(by_row.view_as(v), super().attend(x, v), (1 - s).to(v.dtype))  # one pass, not three
 
 
 class LPA(SelfAttention):
@@ -91,23 +91,21 @@ class LPA(SelfAttention):
         if lambda_init_mode == "normal":  # as released: lambda_init is a standard deviation, and signs are random
             nn.init.trunc_normal_(self.content_scale, std=lambda_init)
 
-    def scaled_query_key_bias(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q with every scale in it and k [B, H, N, d], bias [H, N, N] in float32."""
-        q, k = self.query_key(x)
-        along_y, along_x = positional_scores(self.pos_weight, self.grid)
-        bias = (along_y[:, :, None, :, None] + along_x[:, None, :, None, :]).flatten(3).flatten(1, 2)
-        # At 14 x 14 the local start reaches -300: denormals, at which a CPU crawls. e^-60 is nothing beside the maximum.
-        bias = (bias - bias.amax(-1, keepdim=True)).clamp_min(-60)
-        return q * (self.content_scale.to(q.dtype)[:, None, None] * self.scale), k, bias
+    def scaled_query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """query_key with every scale in q: multiplied into the weight, which is smaller than q (4 to 12 % of a layer)."""
+        scale = self.content_scale * self.scale
+        factor = torch.stack([scale, torch.ones_like(scale)]).repeat_interleave(x.shape[-1] // self.num_heads)
+        bias = None if self.qk.bias is None else self.qk.bias * factor
+        q, k = F.linear(x, self.qk.weight * factor[:, None], bias).chunk(2, dim=-1)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, H, N, N]"""
-        q, k, bias = self.scaled_query_key_bias(x)
-        return (q @ k.transpose(-2, -1) + bias).softmax(-1)
+        q, k = self.scaled_query_key(x)
+        return (q @ k.mT + positional_bias(self.pos_weight, self.grid)).softmax(-1)
 
     def attend(self, x: Tensor, v: Tensor) -> Tensor:
-        q, k, bias = self.scaled_query_key_bias(x)
-        return attend(q, k, v, bias)
+        return attend(*self.scaled_query_key(x), v, self.pos_weight, self.grid)
 
 
 class TaskAttention(nn.Module):
@@ -127,8 +125,8 @@ class TaskAttention(nn.Module):
         q, own, k = (
             split_heads(f(x), self.num_heads) for f, x in ((self.q, tokens), (self.k, tokens), (self.k, patches))
         )
-        scores = torch.cat([(q * own).sum(-1, keepdim=True), q @ k.transpose(-2, -1)], dim=-1)
-        return (scores * self.scale).float().softmax(-1)
+        scores = torch.cat([(q * own).sum(-1, keepdim=True), q @ k.mT], dim=-1)
+        return wide(scores * self.scale).softmax(-1)
 
     def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
         """-> [B, T, dim]"""
@@ -138,17 +136,43 @@ class TaskAttention(nn.Module):
         return self.proj(merge_heads(a[..., :1] * own + a[..., 1:] @ v))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T + bias) v; q, k, v [B, H, N, d], scales already in q; bias [H, N, N] in float32 or None.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None = None, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """softmax_j(q_i.k_j + w.r_ij) v_j -> [B, H, N, d]: q, k, v [B, H, N, d], scales already in q; w = pos_weight [H, 3]."""
+    return (written_out if writes_out(q) else fused)(q, k, v, pos_weight, grid)
 
-    The one place that chooses a formulation (benchmarks/attention.py). The fused kernel, but not to train on a CPU with a
-    bias that needs a gradient, which it does not fuse, or in bf16, where its backward pass takes twice as long.
+
+def writes_out(q: Tensor) -> bool:
+    """Which formulation is the faster one: the only place that chooses (benchmarks/layers.py).
+
+    Fused, but not in half precision on a CPU. Fused / written out, whole layers of 384, 144 or 96 channels, one thread of
+    an AVX-512 CPU: 0.8 to 1.1 in float32, 1.2 to 1.6 in bf16, and 1.5 to 6 in bf16 with the backward pass.
     """
-    if q.device.type == "cpu" and q.requires_grad and (bias is not None or q.dtype != torch.float32):
-        scores = q @ k.transpose(-2, -1)
-        return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
-    mask = None if bias is None else bias.to(q.dtype)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == "cpu" and half and q.shape[-2] <= 1024  # beyond, [B, H, N, N] costs too much memory
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+    """Three operations in the dtype of q: softmax is float32 inside, and autocast would copy its input and output."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ k.mT
+        if pos_weight is not None:
+            scores += positional_bias(pos_weight, grid).to(q.dtype)
+        return scores.softmax(-1) @ v
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+    """Flash attention, O(N) memory: w.r_ij enters as further columns of q and k, never as a mask [H, N, N]."""
+    if pos_weight is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    with torch.autocast(q.device.type, enabled=False):
+        q_columns, k_columns = positional_columns(pos_weight, grid, q.dtype)
+        d, c = q.shape[-1], q_columns.shape[-1]
+        pad = -(c + d) % 8  # GPU kernels ask for a multiple of 8; and flash kernels for a v as wide as q and k
+        q = torch.cat([q, F.pad(q_columns, (0, pad)).expand(len(q), -1, -1, -1)], -1)
+        k = torch.cat([k, F.pad(k_columns, (0, pad)).expand(*k.shape[:2], -1, -1)], -1)
+        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, c + pad)), scale=1.0)[..., :d]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -161,16 +185,50 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def wide(x: Tensor) -> Tensor:
+    """Half precision -> float32"""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def positional_scores(weight: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """weight [H, 3] on (dx, dy, dx^2 + dy^2) -> its parts along rows [H, g_h, g_h] and along columns [H, g_w, g_w].
 
-    w.r_ij is the sum of the two: a function of dy alone and one of dx alone. Float32 also under autocast.
+    w.r_ij is the sum of the two: a function of dy alone and one of dx alone. At least float32, also under autocast.
     """
     dy, dx = (
         torch.arange(g, device=weight.device)[None, :] - torch.arange(g, device=weight.device)[:, None] for g in grid
     )
-    w_x, w_y, w_2 = weight.float().T[:, :, None, None]
+    w_x, w_y, w_2 = wide(weight).T[:, :, None, None]
     return w_y * dy + w_2 * dy**2, w_x * dx + w_2 * dx**2
+
+
+def positional_bias(weight: Tensor, grid: tuple[int, int]) -> Tensor:
+    """w.r_ij [H, N, N], at least float32, less its maximum over j (softmax cancels it), and clamped.
+
+    At 14 x 14 the local start reaches -300: denormals, at which a CPU crawls. e^-60 is nothing beside the maximum. And
+    with the maximum at 0, half precision rounds least where it matters.
+    """
+    along_y, along_x = (s - s.amax(-1, keepdim=True).detach() for s in positional_scores(weight, grid))
+    return (along_y[:, :, None, :, None] + along_x[:, None, :, None, :]).flatten(3).flatten(1, 2).clamp_min(-60)
+
+
+def positional_columns(weight: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Columns to add to q [H, N, c] and k [N, c], whose dot product is w.r_ij but for terms of i, which softmax cancels.
+
+    With w = (a, b, e) and p = (x, y): w.r_ij = (a - 2 e x_i) x_j + (b - 2 e y_i) y_j + e |p_j|^2 + terms of i. Coordinates
+    are centred, to be small. Each value is split into 8 bits and the rest, without which half precision would be off by
+    1 at 14 x 14 (8 bits are enough for x_j and y_j); float32 pays nothing for it, as 8 columns keep d a multiple of 8.
+    """
+    y, x = (torch.arange(g, device=weight.device, dtype=wide(weight).dtype) - (g - 1) / 2 for g in grid)
+    y, x = y.repeat_interleave(len(x)), x.repeat(len(y))
+    a, b, e = wide(weight).T[:, :, None]
+    q = torch.stack([a - 2 * e * x, b - 2 * e * y, e.expand(-1, len(x))], -1)
+    k = torch.stack([x, y, x**2 + y**2], -1)
+    q_high, k_high = q.bfloat16(), k.bfloat16()
+    q_low, k_low = q - q_high, k - k_high
+    q_columns = [q_high, q_low, q_high[..., 2:], q_low[..., 2:]]
+    k_columns = [k_high, k_high, k_low[..., 2:], k_low[..., 2:]]
+    return tuple(torch.cat([t.to(dtype) for t in columns], -1) for columns in (q_columns, k_columns))
 
 
 def local_heads(num_heads: int, strength: float, extra_heads: str) -> Tensor:

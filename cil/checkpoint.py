@@ -107,8 +107,9 @@ class RunDir:
         """A network of the shape that it has after `task`; its weights mean nothing yet."""
         model = self.new_model(task)
         if self.run.training == "incremental":
-            for later in range(1, task + 1):
-                model.grow(len(self.scenario[later].labels))
+            with randomness(self.run.seed, "shape"):  # the caller's random numbers stay as they are
+                for later in range(1, task + 1):
+                    model.grow(len(self.scenario[later].labels))
         return model
 
     def table(self, name: str) -> pd.DataFrame | None:

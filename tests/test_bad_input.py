@@ -297,13 +297,18 @@ def test_run_json(runs, picture, toy, change, names):
 
 def test_resume_state_that_is_torn_counts_as_none(runs):
     directory = open_run("runs/toy")
-    directory.save_resume({"task": 1, "model": {"weight": torch.zeros(100)}})
-    path = Path("runs/toy/resume/state.pt")
+    for step in (5, 6, 7):
+        directory.save_resume(step, {"task": 1, "step": step, "model": {"weight": torch.zeros(100)}})
+    path, previous = directory.resume_states()  # the last two are kept
+    assert (path.stem, previous.stem) == ("000000007", "000000006")
     whole = path.read_bytes()
-    assert directory.load_resume()["task"] == 1
-    for torn in (b"", b"\0", b"junk", whole[:100], whole[:-1]):
+    assert directory.load_resume(1)["step"] == 7 and directory.load_resume(0) is None
+    flipped = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
+    for torn in (b"", b"\0", b"junk", whole[:100], whole[:-1], flipped):
         path.write_bytes(torn)
-        assert directory.load_resume() is None
+        assert directory.load_resume(1)["step"] == 6
+    previous.write_bytes(b"junk")
+    assert directory.load_resume(1) is None
 
 
 # foreign weights

@@ -112,7 +112,11 @@ assert not heavy, heavy
 
 def test_recipes_are_listed_with_their_cost():
     text = run_ok("recipes").stdout
-    assert all(name in text for name in recipes.RECIPES) and "Published: Last 63.11" in text
+    assert all(name in text for name in recipes.RECIPES) and "63.11 / 74.74 / 12.52" in text
+    few = run_ok("recipes", "b50-5-dytox").stdout.splitlines()[::2]
+    assert few and all("b50-5-dytox" in name for name in few)
+    wrong = invoke("recipes", "b51")
+    assert wrong.exit_code == 2 and "no recipe holds 'b51'" in wrong.stderr
 
 
 # train
@@ -158,7 +162,7 @@ def test_dry_run_writes_nothing(here):
         ["1", "4", "fit", "20", "1", "2"],
         ["1", "4", "finetune", "8", "1", "1"],
     ]
-    assert "4 steps at batch 8; 8 exemplars" in result.stdout
+    assert "4 steps at batch 8, 32 images; 8 exemplars" in result.stdout
     assert result.stderr == "" and not list(here.iterdir())
 
 

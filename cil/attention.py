@@ -147,7 +147,7 @@ def writes_out(q: Tensor) -> bool:
     """Which formulation is the faster one: the only place that chooses (benchmarks/layers.py).
 
     Fused, but not in half precision on a CPU. Fused / written out, whole layers of 384, 144 or 96 channels, one thread of
-    an AVX-512 CPU: 0.8 to 1.1 in float32, 1.2 to 1.6 in bf16, and 1.5 to 6 in bf16 with the backward pass.
+    an AVX-512 CPU without AMX: 0.8 to 1.15 in float32; in bf16 1.2 to 1.8, and 1.6 to 6 with the backward pass.
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
     return q.device.type == "cpu" and half and q.shape[-2] <= 1024  # beyond, [B, H, N, N] costs too much memory
@@ -245,3 +245,16 @@ def local_heads(num_heads: int, strength: float, extra_heads: str) -> Tensor:
     x, y = offset.repeat_interleave(k), offset.repeat(k)
     weight[: k * k] = torch.stack([2 * x, 2 * y, -torch.ones(k * k)], dim=1) * strength
     return weight
+
+
+# A new attention is a line here: a function of the cil.run.Run and the grid.
+ATTENTION = {
+    "mhsa": lambda run, grid: SelfAttention(run.dim, run.num_heads, grid),
+    "gpsa": lambda run, grid: GPSA(
+        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads
+    ),
+    "lpa": lambda run, grid: LPA(
+        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads,
+        lambda_init=run.lambda_init, lambda_init_mode=run.lambda_init_mode,
+    ),
+}  # fmt: skip

@@ -11,7 +11,7 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from cil import parallel
-from cil.attention import GPSA, LPA, SelfAttention, TaskAttention
+from cil.attention import ATTENTION, TaskAttention
 from cil.methods import METHODS
 from cil.run import Run
 
@@ -198,19 +198,6 @@ def create_model(run: Run, image_size: tuple[int, int]) -> Incremental:
 def self_attention(run: Run, index: int, grid: tuple[int, int]) -> nn.Module:
     """The attention layer of block `index`: LPA in the first n_lpa blocks, run.attention in the others."""
     return ATTENTION["lpa" if index < run.n_lpa else run.attention](run, grid)
-
-
-# A new attention is a line here: a function of the run and the grid. It offers attention_map, grid, num_prefix_tokens.
-ATTENTION = {
-    "mhsa": lambda run, grid: SelfAttention(run.dim, run.num_heads, grid),
-    "gpsa": lambda run, grid: GPSA(
-        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads
-    ),
-    "lpa": lambda run, grid: LPA(
-        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads,
-        lambda_init=run.lambda_init, lambda_init_mode=run.lambda_init_mode,
-    ),
-}  # fmt: skip
 
 
 def init_weights(module: nn.Module, std: float) -> None:

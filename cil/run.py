@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from cil import augment
+from cil.attention import ATTENTION
+from cil.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ class Run:
 CHOICES = {
     "training": ("incremental", "joint", "joint-terminal"),
     "class_order": ("icarl", "imagenet100", "alphabetical"),
-    "method": ("baseline", "dytox"),
-    "attention": ("gpsa", "mhsa"),
+    "method": tuple(METHODS),
+    "attention": tuple(name for name in ATTENTION if name != "lpa"),  # that is n_lpa's
     "lambda_init_mode": ("constant", "normal"),
     "extra_heads": ("random", "uniform"),
     "global_pool": ("", "token", "avg"),

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cil.attention import GPSA, LPA, SelfAttention, TaskAttention, local_heads
+from cil import attention
+from cil.attention import GPSA, LPA, SelfAttention, TaskAttention, fused, local_heads, written_out
 from locality_probe.measures import nonlocality
 
 GRIDS = [(4, 4), (3, 5)]
@@ -79,6 +81,100 @@ def test_clamped_bias_changes_nothing_at_14_by_14():
     scores = (layer.content_scale[:, None, None] * (q @ k.transpose(-2, -1)) / 2).double()
     scores = scores + torch.einsum("ijr,hr->hij", r((14, 14)), layer.pos_weight).double()
     torch.testing.assert_close(layer.attention_map(x).double(), scores.softmax(-1), atol=1e-6, rtol=0)
+
+
+def positions_alone(layer):
+    """softmax_j(v.r_ij) [H, N, N] in float64, by the equation."""
+    return torch.einsum("ijr,hr->hij", r(layer.grid).double(), layer.pos_weight.detach().double()).softmax(-1)
+
+
+@pytest.mark.parametrize("heads,d", [(5, 4), (9, 16), (12, 8)])  # of 16, 24 and 16 columns in the fused form
+@pytest.mark.parametrize("grid", [(3, 5), (8, 8), (14, 14)])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
+def test_fused_is_written_out_with_its_gradients(heads, d, grid, dtype, tolerance):
+    """Float32: 14 x 14 sums products up to 100, of which eps is 1e-5."""
+    torch.manual_seed(0)
+    weight = local_heads(heads, 1.0, "random") + 0.1 * torch.randn(heads, 3)
+    qkv = torch.randn(3, 2, heads, grid[0] * grid[1], d)
+    grad = torch.randn(qkv.shape[1:]).to(dtype)
+
+    def run(formulation):
+        leaves = [t.to(dtype).requires_grad_() for t in (*qkv, weight)]
+        y = formulation(*leaves, grid)
+        return y, *torch.autograd.grad((y * grad).sum(), leaves)
+
+    for name, ours, other in zip(["y", "q", "k", "v", "weight"], run(fused), run(written_out), strict=True):
+        assert ours.dtype == dtype
+        error = (ours - other).abs().max() / max(1, other.abs().max())
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("formulation", [fused, written_out])
+def test_gradients_by_differences(formulation):
+    torch.manual_seed(0)
+    weight = local_heads(4, 1.0, "random") + 0.1 * torch.randn(4, 3)
+    leaves = [t.double().requires_grad_() for t in (*torch.randn(3, 1, 4, 6, 3), weight)]
+    assert torch.autograd.gradcheck(lambda *leaves: formulation(*leaves, (2, 3)), leaves)
+
+
+@pytest.mark.parametrize("formulation", [fused, written_out])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_half_precision_at_14_by_14(formulation, dtype, tolerance):
+    """Against float64 on the same halves; logits reach -300, and a mask rounded to bf16 would be off by 1."""
+    torch.manual_seed(0)
+    layer = LPA(12 * 16, 12, (14, 14))
+    layer.pos_weight.data += 0.1 * torch.randn(12, 3)  # not just integers
+    q, k, v = torch.randn(3, 2, 12, 196, 16).to(dtype)
+    scores = (q / 8).double() @ k.double().mT + positions_alone(layer).log()
+    expected = scores.softmax(-1) @ v.double()
+    with torch.no_grad():
+        y = formulation(q / 8, k, v, layer.pos_weight, layer.grid)
+    assert y.dtype == dtype
+    # Outputs up to 4 round by tolerance themselves.
+    assert (y.double() - expected).square().mean().sqrt() < tolerance / 2 and (y - expected).abs().max() < 4 * tolerance
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, GPSA, LPA])
+def test_float64(kind):
+    layer = moved(kind(20, 5, (3, 5))).double()
+    x = torch.randn(2, 15, 20).double()
+    v = layer.v(x).unflatten(-1, (5, 4)).transpose(1, 2)
+    a = layer.attention_map(x)
+    assert a.dtype == torch.float64
+    torch.testing.assert_close(layer(x), layer.proj((a @ v).transpose(1, 2).flatten(2)), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype,written", [(torch.float32, False), (torch.float64, False), (torch.bfloat16, True)])
+def test_choice_on_a_cpu(dtype, written):
+    assert attention.writes_out(torch.empty(2, 3, 64, 8, dtype=dtype)) == written
+    assert not attention.writes_out(torch.empty(2, 3, 4096, 8, dtype=dtype))
+    assert not attention.writes_out(torch.empty(2, 3, 64, 8, dtype=dtype, device="meta"))  # as on a GPU
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fused_lpa_builds_no_map_and_no_mask(training):
+    layer, x = LPA(12, 3, (16, 16)), torch.randn(1, 256, 12)
+    assert not attention.writes_out(x)
+    with torch.set_grad_enabled(training), Largest() as largest:
+        y = layer(x)
+        if training:
+            y.sum().backward()
+    assert 0 < largest.elements < 256 * 256  # a map of a single head
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Largest() as largest:
+        layer(x)
+    assert largest.elements >= 3 * 256 * 256  # written out
 
 
 def test_d_loc_at_initialisation():

@@ -66,7 +66,7 @@ def small() -> Run:
     return replace(
         paper(),
         images_per_class=100, dim=108, num_heads=9,
-        epochs_first=12, epochs=12, batch_size=32, lr_first=1e-3, lr=1e-3, warmup_epochs=2, finetune_epochs=5,
+        epochs_first=10, epochs=10, batch_size=16, lr_first=5e-4, lr=5e-4, warmup_epochs=3, finetune_epochs=5,
         finetune_lr=1e-4, rand_augment="", mixup=0.0, memory=500, amp="bf16",
     )  # fmt: skip
 

@@ -128,6 +128,48 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
 
 
 @main.command()
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("--seeds", metavar="N,N,...", help="Train each recipe with each seed.  [default: the recipe's own]")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of all recipes; repeatable."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of the runs."
+)
+@click.option("--data", "data_dir", help="Where the data set lies: short for --set data_dir=...")
+@click.option("--executor", default="local", show_default=True, help="local: this machine; slurm: a cluster.")
+@click.option("--workers", type=int, help="Runs at once.  [default: one a GPU, or else one a core; all on Slurm]")
+@click.option("--threads", type=int, help="CPU threads of each.  [default: the cores, shared out among the workers]")
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="For sbatch, like partition=gpu; repeatable.")
+@click.option("--status", is_flag=True, help="Print the table of these runs; train nothing.")
+@click.option("--dry-run", is_flag=True, help="The same, and where and with how many threads they would run.")
+@device_option
+def sweep(recipes, seeds, settings, out, data_dir, executor, workers, threads, slurm, status, dry_run, device) -> None:
+    """Train each RECIPE with each seed, as many at once as there is room for; the table of all is OUT/sweep.csv.
+
+    Runs lie in OUT/RECIPE, with --seeds in OUT/NAME-sSEED, their joint twins in OUT/NAME-sSEED-joint. Those that are
+    finished are not repeated, those that were interrupted go on. One that fails does not stop the others: exit code 1.
+    """
+    from locality_probe import sweep as sweeps
+
+    settings = [*settings, *([f"data_dir={data_dir}"] if data_dir else [])]
+    seeds = None if seeds is None else typed(sweeps.parse_seeds, seeds)
+    jobs = typed(sweeps.expand, list(recipes), seeds, settings, out)
+    device = device if executor == "slurm" else resolve_device(device)  # the cluster's nodes have their own
+    place = typed(sweeps.choose_place, executor, len(jobs), out, device, workers, threads, list(slurm))
+    jobs = sweeps.planned(jobs)
+    if status or dry_run:
+        click.echo(sweeps.format_table(sweeps.status(jobs, out)) + f"\n{place}" * dry_run)
+        return
+    typed(check_folder, out)
+    with resumable():
+        table = sweeps.sweep(jobs, place, out)
+    click.echo(sweeps.format_table(table))
+    if (table["state"] == "failed").any():
+        raise SystemExit(1)
+
+
+@main.command()
 @click.argument("text", default="")
 def recipes(text) -> None:
     """List the recipes whose names hold TEXT; each also has -joint and -joint-terminal."""

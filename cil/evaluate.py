@@ -16,15 +16,19 @@ from cil.augment import normalize
 from cil.data import FileSet, ImageSet
 from cil.scenario import Scenario
 
-BATCH = 256  # images at a time
 PRECISION = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def batch_size(device: str) -> int:
+    """Images at a time where nothing is learned: few on a CPU, whose cache they stay in (460 against 370 images/s)."""
+    return 32 if device == "cpu" else 256
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: ImageSet | FileSet, indices: Tensor, mean, std, device: str, amp: str) -> Tensor:
     """Predicted labels [n] of some images under the test transform, in eval mode; amp: none (float32), bf16 or fp16."""
     model.eval()
-    batches, predicted = indices.split(BATCH), []
+    batches, predicted = indices.split(batch_size(device)), []
     for x in images.batches(parallel.share(batches)):
         with torch.autocast(torch.device(device).type, PRECISION[amp], enabled=amp != "none"):
             predicted.append(model(normalize(x.to(device), mean, std)).argmax(1).cpu())

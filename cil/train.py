@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cil import augment, checkpoint, data, losses, parallel
 from cil.checkpoint import RunDir
 from cil.data import Dataset
-from cil.evaluate import BATCH, accuracy_rows
+from cil.evaluate import accuracy_rows, batch_size
 from cil.memory import budget_per_class, remember
 from cil.methods import METHODS
 from cil.models import Incremental
@@ -323,9 +323,9 @@ def herding_features(
     """
     model.eval()
     run, place = directory.run, (task, "herding", process)
-    batches, features = indices.split(BATCH), []
+    batches, features = indices.split(batch_size(device)), []
     with randomness(run.seed, *place) as generator:
-        seeds = torch.randint(2**62, (len(indices),), generator=generator).split(BATCH)
+        seeds = torch.randint(2**62, (len(indices),), generator=generator).split(batch_size(device))
     mine, my_seeds = parallel.share(batches), parallel.share(seeds)
     for x, seed in zip(dataset.train.batches(mine, my_seeds if run.herding_crop else None), my_seeds, strict=True):
         if run.herding_crop and run.crop_padding:

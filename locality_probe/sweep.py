@@ -117,13 +117,16 @@ def planned(jobs: list[Job]) -> list[Job]:
 
 
 def choose_workers(jobs: int, cores: int, gpus: int, workers: int | None, threads: int | None) -> tuple[int, int]:
-    """(runs at once, threads of each). By default a run a GPU, or else a run a core, which for networks of this size is
-    faster than one after the other with more threads. Raises ValueError for less than one of either."""
+    """(runs at once, threads of each). By default a run a GPU with its share of the cores; without one, a run a core with one
+    thread, which for networks of this size is fastest, and a run's numbers do not depend on how many there are.
+
+    Raises ValueError for less than one of either.
+    """
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     workers = min(jobs, workers or gpus or max(1, cores // (threads or 1)))
-    return workers, threads or max(1, cores // workers)
+    return workers, threads or (max(1, cores // workers) if gpus else 1)
 
 
 def visible_gpus(device: str) -> list[str | None]:

@@ -1,5 +1,6 @@
 """The README is true: its commands exist, its Python runs, its files are there."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -11,10 +12,11 @@ from locality_probe.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+AS = re.compile(r"^(torchrun .*-m locality_probe|\.venv/bin/locality-probe|locality-probe) ")
 COMMANDS = [
-    line.split("   #")[0].split(" > ")[0].removeprefix(".venv/bin/").strip()
+    AS.sub("locality-probe ", line.split("   #")[0].split(" > ")[0]).strip()
     for kind, block in BLOCKS if kind == "bash"
-    for line in block.splitlines() if "locality-probe " in line
+    for line in block.splitlines() if AS.match(line)
 ]  # fmt: skip
 
 
@@ -35,9 +37,22 @@ def test_readme_recipes_exist():
 
     for line in COMMANDS:
         words = shlex.split(line)
-        if words[1] == "train":
+        if words[1] in ("train", "sweep"):
             settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-            recipes.find(words[2]).change(settings)
+            names = list(itertools.takewhile(lambda word: not word.startswith("-"), words[2:]))
+            assert names and all(recipes.find(name).change(settings) for name in names)
+
+
+def test_switches_of_the_released_code_are_as_the_readme_says():
+    from cil import recipes
+
+    ours, released = (
+        recipes.find(f"{scale}-b10-10-baseline-lpa").to_dict() for scale in ("paper", "paper-as-released")
+    )
+    differ = {name: str(value).lower() for name, value in released.items() if value != ours[name] and name != "recipe"}
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)`.* \| `(\w+)`", README.split("### As released")[1], flags=re.M)
+    assert {name: value for name, value, _ in rows} == differ
+    assert {name: value for name, _, value in rows} == {name: str(ours[name]).lower() for name in differ}
 
 
 @pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
@@ -48,7 +63,7 @@ def test_readme_python_runs(code, capsys):
 
 def test_files_named_in_the_readme_are_there():
     names = re.findall(r"`((?:cil|locality_probe|figures|data|benchmarks)/[\w./]*)`", README)
-    names += re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    names += re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
     assert names and not [name for name in names if not (ROOT / name).exists()]
 
 

@@ -120,8 +120,8 @@ def test_bad_input(call, words):
     [
         ((6, 2, 0, None, None), (2, 1)),  # a run a core
         ((6, 8, 0, None, 4), (2, 4)),
-        ((6, 8, 0, 3, None), (3, 2)),
-        ((1, 8, 0, None, None), (1, 8)),
+        ((6, 8, 0, 3, None), (3, 1)),
+        ((1, 8, 0, None, None), (1, 1)),
         ((6, 16, 1, None, None), (1, 16)),  # a run a GPU
         ((6, 16, 4, None, None), (4, 4)),
         ((6, 1, 0, 3, None), (3, 1)),

@@ -139,7 +139,7 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
 @click.option("--data", "data_dir", help="Where the data set lies: short for --set data_dir=...")
 @click.option("--executor", default="local", show_default=True, help="local: this machine; slurm: a cluster.")
 @click.option("--workers", type=int, help="Runs at once.  [default: one a GPU, or else one a core; all on Slurm]")
-@click.option("--threads", type=int, help="CPU threads of each.  [default: the cores, shared out among the workers]")
+@click.option("--threads", type=int, help="CPU threads of each.  [default: 1; on GPUs the cores, shared out]")
 @click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="For sbatch, like partition=gpu; repeatable.")
 @click.option("--status", is_flag=True, help="Print the table of these runs; train nothing.")
 @click.option("--dry-run", is_flag=True, help="The same, and where and with how many threads they would run.")

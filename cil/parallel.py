@@ -127,7 +127,10 @@ def anywhere(flag: bool) -> bool:
 
 
 def once(function: Callable, *args: object) -> object:
-    """function(*args) in process 0, while the others wait; they get what it returned, or a RuntimeError if it failed."""
+    """function(*args) in process 0, while the others wait; they get what it returned.
+
+    Raises what the function raises, and in the others ChildProcessError with its words.
+    """
     if size() == 1:
         return function(*args)
     result, failure = None, None
@@ -141,5 +144,5 @@ def once(function: Callable, *args: object) -> object:
     if failure:
         raise failure
     if told[1] is not None:
-        raise RuntimeError(f"process 0 failed: {told[1]}")
+        raise ChildProcessError(f"process 0 failed: {told[1]}")
     return told[0]

@@ -129,13 +129,20 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> Run:
-        """The inverse of `to_dict`. Raises ValueError for a missing or unknown key: nothing is silently defaulted."""
+        """The inverse of `to_dict`. Nothing is silently defaulted.
+
+        Raises ValueError for a missing or unknown key and a value of another type.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
         missing, unknown = [n for n in names if n not in values], [n for n in values if n not in names]
         if missing or unknown:
             raise ValueError(
                 f"the run lacks {missing} and has the unknown {unknown}: it was written by another version"
             )
+        for name, kind in typing.get_type_hints(cls).items():
+            fits = type(values[name]) is kind or (kind is float and type(values[name]) is int)
+            if not fits:
+                raise ValueError(f"{name}={values[name]!r} is not of type {kind.__name__}")
         return cls(**values)
 
     def change(self, settings: list[str]) -> Run:

@@ -67,19 +67,20 @@ class Session:
     """Where and how a run is trained; nothing that its result depends on.
 
     Ctrl-C and SIGTERM raise KeyboardInterrupt, inside an epoch after the step that is under way: then it is saved first.
+    A second Ctrl-C does not wait. (Under torchrun, one Ctrl-C arrives as SIGINT and as SIGTERM.)
     """
 
     device: str
     report: Report
     in_epoch: bool = False
-    asked: bool = field(default=False, init=False)
+    asked: int = field(default=0, init=False)  # the signal
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         def handle(number: int, frame: object) -> None:
-            if not self.in_epoch or self.asked:  # whoever asks twice does not want to wait
+            if not self.in_epoch or number == self.asked == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.asked = True
+            self.asked = number
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -101,7 +102,8 @@ def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambd
     dataset, session = load_dataset(run), Session(device, report)
     directory = parallel.once(checkpoint.create, out, run, dataset)
     dataset = in_class_order(dataset, directory)
-    with session.interruptible(), directory.lock() if parallel.rank() == 0 else contextlib.nullcontext():
+    with session.interruptible(), contextlib.ExitStack() as locked:
+        parallel.once(locked.enter_context, directory.lock())
         finished = directory.tasks
         model = directory.model(finished[-1]).to(device) if finished else None
         for task in directory.planned_tasks[len(finished) :]:
@@ -220,7 +222,7 @@ def fit(
                 rows.append((*place[:3], phase.steps, images_drawn, *means, learner.learning_rate, seconds))
                 here, seconds = (epoch + 1, 0), 0.0
                 sums.zero_()
-            stop, over = parallel.anywhere(session.asked), here == (phase.epochs, 0)
+            stop, over = parallel.anywhere(session.asked > 0), here == (phase.epochs, 0)
             if parallel.rank() == 0 and (stop or over or time.monotonic() - last_saved > pause):
                 save(*here)
             if stop:

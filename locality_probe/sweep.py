@@ -301,7 +301,7 @@ def leave(place: Place, live: dict[str, submitit.Job]) -> str:
 
 
 def sweep(jobs: list[Job], place: Place, out: Path) -> pd.DataFrame:
-    """Run what is not finished, the longest first; returns the rows of SWEEP, which are in out/sweep.csv all the time.
+    """Run what is not finished, the longest first; returns its rows of SWEEP, which are in out/sweep.csv all the time.
 
     A run that fails does not stop the others. Raises KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP, after `leave`.
     """
@@ -391,14 +391,18 @@ def seconds_left(jobs: list[Job], rows: dict[str, Row], workers: int) -> float |
 
 def status(jobs: list[Job], out: Path) -> pd.DataFrame:
     """The rows of SWEEP without running anything; what only the last sweep knew, that and why a run failed, is from it."""
-    path = out / "sweep.csv"
-    before = {row["run"]: row for row in SWEEP.read(path).to_dict("records")} if path.is_file() else {}
+    before = read_rows(out / "sweep.csv")
     rows = {job.name: state_of(job) for job in jobs}
     for name, row in rows.items():
         then = before.get(name, row)
         if (row["state"], then["state"]) in (("waiting", "failed"), ("running elsewhere", "running")):
             row |= {"state": then["state"], "reason": then["reason"]}
     return as_table(rows)
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The rows of a sweep.csv by run; none where there is no file."""
+    return {row["run"]: row for row in SWEEP.read(path).to_dict("records")} if path.is_file() else {}
 
 
 def as_table(rows: dict[str, Row]) -> pd.DataFrame:
@@ -423,10 +427,11 @@ class Display:
 
     def __init__(self, path: Path):
         self.path, self.rows, self.lines, self.said = path, {}, [], time.monotonic()
+        self.others = read_rows(path)  # of earlier sweeps into the same folder
 
     def __call__(self, rows: dict[str, Row], left: float | None) -> None:
         if rows != self.rows:
-            SWEEP.write(as_table(rows), self.path)
+            SWEEP.write(as_table(self.others | rows), self.path)
         states = [row["state"] for row in rows.values()]
         summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         summary += f"; about {tqdm.format_interval(left)} left" if left and left >= 1 else ""

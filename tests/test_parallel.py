@@ -103,7 +103,7 @@ def fail_in_first(device):
 
 def test_failure_of_the_writing_process_reaches_all():
     first, second = on_processes(2, fail_in_first)
-    assert first == "ValueError: disk full" and second == "RuntimeError: process 0 failed: disk full"
+    assert first == "ValueError: disk full" and second == "ChildProcessError: process 0 failed: disk full"
 
 
 def few_rows(device):
@@ -112,3 +112,11 @@ def few_rows(device):
 
 def test_batch_smaller_than_processes():
     assert on_processes(2, few_rows)[0] == "ValueError: a batch of 3 images is too small for 2 processes"
+
+
+def test_locked_directory_is_refused_by_all(toy, tmp_path):
+    directory = train(dataclasses.replace(toy, num_classes=2), tmp_path / "toy")
+    with directory.lock():
+        first, second = on_processes(2, train_here, directory.run, tmp_path / "toy")
+    assert first.startswith("ValueError: another process is training in")
+    assert second.startswith("ChildProcessError: process 0 failed: another process is training in")

@@ -52,6 +52,13 @@ def test_nothing_is_silently_defaulted():
         Run.from_dict(values | {"new_option": 1})
 
 
+@pytest.mark.parametrize("name, value", [("dim", "384"), ("flip", 1), ("seed", True), ("epochs", 2.0), ("mixup", None)])
+def test_values_of_another_type_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* is not of type"):
+        Run.from_dict(Run().to_dict() | {name: value})
+    assert Run.from_dict(Run().to_dict() | {"mixup": 1}).mixup == 1
+
+
 def test_randomness_is_named_and_leaves_no_trace():
     before = torch.get_rng_state()
     with randomness(0, "fit", 1):

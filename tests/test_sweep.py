@@ -163,6 +163,14 @@ def test_what_is_finished_or_another_run_is_left_alone(trained, capsys):
     assert last == f"demo-baseline-s1: {table['reason'][1]}"
 
 
+def test_another_sweep_into_the_same_folder_adds_to_the_table(trained):
+    for name in ("demo-baseline", "demo-dytox", "demo-baseline"):
+        jobs = sweep.planned(make_jobs(name))
+        assert len(sweep.sweep(jobs, make_place(jobs), Path("runs"))) == 1
+    assert sorted(sweep.SWEEP.read("runs/sweep.csv")["run"]) == ["demo-baseline", "demo-dytox"]
+    assert len(trained) == 2
+
+
 def test_scores_are_percent_and_twins_find_each_other(trained):
     names = ["demo-baseline", "demo-baseline-joint", "demo-baseline-joint-terminal"]
     jobs = sweep.planned(make_jobs(*names, seeds=[1]))

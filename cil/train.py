@@ -85,7 +85,8 @@ class Session:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        kinds = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is not signal.SIG_IGN]
+        before = {kind: signal.signal(kind, handle) for kind in kinds}
         try:
             yield
         finally:
@@ -177,7 +178,7 @@ def fit(
         began = time.monotonic()
         append_training(directory, rows)
         state = {"model": model.state_dict(), "optimizer": learner.optimizer.state_dict()}
-        place = {
+        state |= {
             "task": phase.task,
             "phase": phase.name,
             "epoch": epoch,
@@ -185,7 +186,7 @@ def fit(
             "sums": sums,
             "seconds": seconds,
         }
-        directory.save_resume(before + epoch * phase.steps + step, place | state)
+        directory.save_resume(before + epoch * phase.steps + step, state)
         rows, last_saved = [], time.monotonic()
         pause = max(SAVE_EVERY, 50 * (last_saved - began))
 
@@ -208,18 +209,13 @@ def fit(
                     f"{learner.learning_rate:.3g}; the last good state: {directory.last_good()}"
                 )
             sums += torch.tensor([loss, hits], dtype=torch.float64)
-            done = before + epoch * phase.steps + step + 1
-            drawn = len(batches[step])
-            session.report(
-                Progress(
-                    phase.task, len(scenario), phase.name, epoch, phase.epochs, loss, hits, done, total, drawn,
-                )
-            )  # fmt: skip
+            done, drawn = before + epoch * phase.steps + step + 1, len(batches[step])
+            at = phase.task, len(scenario), phase.name, epoch, phase.epochs
+            session.report(Progress(*at, loss, hits, done, total, drawn))
             seconds, here = time.perf_counter() - began, (epoch, step + 1)
             if step + 1 == phase.steps:
-                images_drawn = phase.steps * drawn
                 means = (sums / phase.steps).tolist()
-                rows.append((*place[:3], phase.steps, images_drawn, *means, learner.learning_rate, seconds))
+                rows.append((*place[:3], phase.steps, phase.steps * drawn, *means, learner.learning_rate, seconds))
                 here, seconds = (epoch + 1, 0), 0.0
                 sums.zero_()
             stop, over = parallel.anywhere(session.asked > 0), here == (phase.epochs, 0)

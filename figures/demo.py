@@ -116,5 +116,7 @@ def _worker(name: str, out: Path, events) -> None:
 
     try:
         train(recipes.find(name), out, report=report)
+    except KeyboardInterrupt:  # the parent is about to end, and has said why
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         events.put((name, 1.0, f"failed: {error}"))

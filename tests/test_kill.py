@@ -113,6 +113,7 @@ def test_killed_run_ends_as_the_undisturbed_one(number, point, toy_runs, toy, tm
 
 
 def slow(run, out):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
     before(Learner, "step", lambda *args: True, lambda *args: time.sleep(0.05))
     with contextlib.suppress(KeyboardInterrupt):
         train(run, out)

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision import transforms
 
-from cil import data
+from cil import data, recipes
 from cil.run import randomness
 from cil.scenario import class_order
+from cil.train import train
 from locality_probe.images import load_images
+from locality_probe.plan import make_plan
+from locality_probe.survey import survey
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475", "n01496331"]
@@ -234,3 +238,32 @@ def test_a_network_sees_pictures_as_it_saw_its_test_images(found):
     seen = [data.to_tensor(crop(data.open_image(f), found.image_size)) for f in found.test.pictures()]
     assert torch.equal(torch.stack(seen), joined(found.test.batches([torch.arange(12)])))
     assert data.crop_for("cifar100") is data.crop_for("folder:x") is data.cover
+
+
+def test_training_goes_on_and_is_measured(root, toy, tmp_path, monkeypatch):
+    """Three tasks of the recipe's path, decoded by workers, broken off inside an epoch and gone on with; two memories."""
+    run = replace(
+        recipes.on_imagenet(toy), data_dir=str(root), class_order="alphabetical", image_size=32, patch_size=8,
+        num_classes=0, images_per_class=0, herding_crop=True, memory_mode="per-process:2", memory=12, batch_size=4,
+        epochs=1, epochs_first=1, finetune_epochs=1,
+    )  # fmt: skip
+    whole = train(run, tmp_path / "whole")
+    monkeypatch.setattr("cil.train.SAVE_EVERY", 0)
+    steps = []
+
+    def stop(progress):
+        steps.append(progress)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "again", report=stop)
+    assert steps[-1].epoch == 0 and steps[-1].task == 1
+    again = train(run, tmp_path / "again")
+    assert again.tasks == [0, 1, 2] and (again.table("accuracy")["images"] == 4).all()
+    for task in range(3):
+        first, second = (load_file(directory.weights_path(task)) for directory in (whole, again))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+        assert again.memory(task).equals(whole.memory(task))
+    plan = make_plan([str(again.path)], n=3)
+    assert (survey((make() for make in plan.subjects), plan.images).nonlocality["d_loc"] > 0).all()

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from cil import checkpoint, recipes
 from cil.evaluate import scores
 from cil.run import Run
-from cil.tables import Table
 from cil.train import Progress, in_class_order, load_dataset, plan, train
 from locality_probe.progress import training
+from locality_probe.tables import SWEEP
 
 POLL = 1.0  # seconds between two looks at the runs
 SAY_EVERY = 30.0  # seconds between two lines about the time left, on no terminal
@@ -35,24 +35,6 @@ FOREVER = 60 * 24 * 365 * 10  # minutes; submitit's local executor kills what ta
 OVER = ("finished", "failed")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-SWEEP = Table(
-    "sweep",
-    keys={"run": ("str", "name of the run directory")},
-    values={
-        "recipe": ("str", "recipe that it was made from, with -joint or -joint-terminal"),
-        "seed": ("int64", "its seed"),
-        "state": ("str", "waiting | running | running elsewhere (another process trains it) | finished | failed"),
-        "tasks": ("int64", "finished tasks"),
-        "of": ("int64", "planned tasks; 0: not known"),
-        "steps": ("int64", "optimiser steps in training.csv"),
-        "of_steps": ("int64", "optimiser steps of the whole run; 0: not known"),
-        "last": ("float64", "accuracy over all classes after the last task, percent"),
-        "avg": ("float64", "mean over tasks of the accuracy over all classes seen, percent"),
-        "fgt": ("float64", "forgetting, percent; not defined for joint training"),
-        "seconds": ("float64", "wall-clock time of the epochs in training.csv"),
-        "reason": ("str", "why it failed; empty if it did not"),
-    },
-)
 Row = dict[str, object]  # of SWEEP
 
 

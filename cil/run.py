@@ -107,6 +107,8 @@ class Run:
             raise ValueError(
                 f"depth={self.depth} must be at least 2: self-attention blocks and one task-attention block"
             )
+        if self.attention == "lpa":
+            raise ValueError("attention='lpa' is what n_lpa is for: the number of LPA blocks, from the shallow end")
         self.memories  # noqa: B018 - says what is wrong with memory_mode
         if self.model != "convit" and not self.model.startswith("timm/"):
             raise ValueError(f"model={self.model!r} is neither convit nor of the form timm/NAME")
@@ -185,8 +187,8 @@ class Run:
 CHOICES = {
     "training": ("incremental", "joint", "joint-terminal"),
     "class_order": ("icarl", "imagenet100", "alphabetical"),
-    "method": tuple(METHODS),
-    "attention": tuple(name for name in ATTENTION if name != "lpa"),  # that is n_lpa's
+    "method": METHODS,
+    "attention": ATTENTION,
     "lambda_init_mode": ("constant", "normal"),
     "extra_heads": ("random", "uniform"),
     "global_pool": ("", "token", "avg"),

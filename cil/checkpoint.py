@@ -162,8 +162,10 @@ class RunDir:
         except OSError as error:
             why = f"{error.strerror or error}; the state before it and finished tasks {self.tasks} are as they were"
             raise OSError(error.errno, why, str(folder)) from None
-        for older in self.resume_states()[2:]:
-            older.unlink()
+        states = self.resume_states()
+        here = next(n for n, path in enumerate(states) if int(path.stem) == step)
+        for other in states[:here] + states[here + 2 :]:  # those of later steps were torn, or this would not be now
+            other.unlink()
 
     def load_resume(self, task: int) -> dict[str, object] | None:
         """The newest whole state inside `task`, or None. One that is torn counts as not there."""

@@ -37,7 +37,7 @@ def describe_plan(run: Run, device: str = "cpu") -> str:
             f"{phase.task:>4} {seen:>7} {phase.name:>8} {phase.images:>7} {phase.epochs:>6} "
             f"{phase.steps * phase.epochs:>8} {max(rates):>8.1e}, {rates[-1]:.1e} {exemplars_in(directory, phase):>18}"
         )
-    images = sum(min(p.batch_size, p.images) * p.steps * p.epochs for p in phases)
+    images = sum(phase.images_drawn for phase in phases)
     parameters = sum(p.numel() for p in directory.grown_model(directory.planned_tasks[-1]).parameters())
     incremental = run.training == "incremental"
     kept = run.memories * memory_size(directory, dataset, len(directory.scenario) - 1) if incremental else 0
@@ -73,7 +73,7 @@ def estimate(directory: RunDir, dataset: Dataset, phases: list[Phase], device: s
     for same in kinds.values():
         ends = {phase.task: phase for phase in (same[0], same[-1])}.values()
         cost = statistics.mean(seconds_per_image(directory, dataset, phase, device) for phase in ends)
-        seconds += cost * sum(min(p.batch_size, p.images) * p.steps * p.epochs for p in same)
+        seconds += cost * sum(phase.images_drawn for phase in same)
     predicted = [directory.scenario[: t + 1].select(dataset.test.labels) for t in directory.planned_tasks]
     herded = (dataset.train.labels >= 0).sum() if directory.run.training == "incremental" else 0
     forward = seconds_of_prediction(directory, dataset, device)

@@ -23,14 +23,12 @@ class DropPath(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, per: int = 1) -> Tensor:
+        """x of any shape; drawn separately for each index of its first `per` dimensions, the first being the batch."""
         if not self.training or not self.p:
             return x
-        return x * self.drawn(x, (parallel.whole(len(x)),)).view(-1, *[1] * (x.dim() - 1))
-
-    def drawn(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """0 or 1 / (1 - p), drawn for the whole batch; this process's rows of it."""
-        return parallel.own(x.new_empty(shape).bernoulli_(1 - self.p)) / (1 - self.p)
+        shape = (parallel.whole(len(x)), *x.shape[1:per], *[1] * (x.dim() - per))
+        return x * parallel.own(x.new_empty(shape).bernoulli_(1 - self.p)) / (1 - self.p)
 
 
 class Block(nn.Module):
@@ -53,14 +51,9 @@ class TaskBlock(Block):
     """Task-attention block: tokens [B, T, dim] look at themselves and the patches [B, N, dim]; residual on the tokens."""
 
     def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        tokens = tokens + self.drop(self.attn(self.norm1(tokens), self.norm1(patches)))
-        return tokens + self.drop(self.mlp(self.norm2(tokens)))
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Stochastic depth, drawn separately per token, as in DyTox."""
-        if not self.drop_path.training or not self.drop_path.p:
-            return x
-        return x * self.drop_path.drawn(x, (parallel.whole(len(x)), x.shape[1], 1))
+        # Stochastic depth is drawn separately for each token, as in DyTox.
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), self.norm1(patches)), per=2)
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)), per=2)
 
 
 class Head(nn.Sequential):
@@ -73,7 +66,7 @@ class Head(nn.Sequential):
 
 
 class Incremental(nn.Module):
-    """What the trainer asks of a network: `grow` adds the classes of a task.
+    """What the trainer asks of a network; each kind adds `grow`, for the classes of a task, and `forward_features`.
 
     Images [B, 3, H, W] -> forward_features: what the heads read, [B, T, dim] -> forward_head: logits [B, classes seen].
     """
@@ -85,12 +78,6 @@ class Incremental(nn.Module):
         super().__init__()
         self.init_std = run.init_std
         self.heads = nn.ModuleList()  # one a task
-
-    def grow(self, num_classes: int, divergence: bool = False) -> None:
-        raise NotImplementedError
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward_head(self, features: Tensor) -> Tensor:
         """[B, T, dim] -> logits [B, classes seen]: head t reads token t, or all heads the one class token"""
@@ -156,9 +143,7 @@ class IncrementalTimm(Incremental):
     def __init__(self, run: Run, image_size: tuple[int, int]):
         super().__init__(run)
         name = run.model.removeprefix("timm/")
-        if not timm.is_model(name.split(".")[0]):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        check_timm(name)
         options = {"img_size": image_size, "patch_size": run.patch_size, "drop_path_rate": run.drop_path}
         if run.global_pool:
             options["global_pool"] = run.global_pool
@@ -187,6 +172,13 @@ class IncrementalTimm(Incremental):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 1, dim]"""
         return self.backbone(x)[:, None]
+
+
+def check_timm(name: str) -> None:
+    """Raises ValueError with the near names when timm has no such model."""
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
 
 
 def create_model(run: Run, image_size: tuple[int, int]) -> Incremental:

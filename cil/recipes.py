@@ -197,7 +197,8 @@ enter_all()
 @recipe
 def reduced_b10_10_baseline() -> Run:
     """Real CIFAR-100 cut down further: the first 50 classes, 100 images each, 4 self-attention blocks, in 5 tasks of 10; a
-    quarter of an hour on one core, its joint twin 25 minutes. Measured: Last 23.7, Avg 36.5, Fgt 26.3."""
+    quarter of an hour on one core, its joint twin 25 minutes. Command: locality-probe train reduced-b10-10-baseline.
+    Measured: Last 23.7, Avg 36.5, Fgt 26.3."""
     return Run(
         num_classes=50, images_per_class=100,
         dim=108, num_heads=9, depth=5,
@@ -208,6 +209,7 @@ def reduced_b10_10_baseline() -> Run:
 
 @recipe
 def reduced_b10_10_baseline_lpa() -> Run:
-    """As reduced-b10-10-baseline, with LPA in every self-attention block; as many minutes. Measured: Last 24.4, Avg 38.3,
+    """As reduced-b10-10-baseline, with LPA in every self-attention block; as many minutes. Command: locality-probe
+    train reduced-b10-10-baseline-lpa. Measured: Last 24.4, Avg 38.3,
     Fgt 27.0."""
     return with_lpa(reduced_b10_10_baseline())

@@ -41,6 +41,11 @@ class Phase:
         """Optimiser steps an epoch: whole batches only, at least one."""
         return max(1, self.images // self.batch_size)
 
+    @property
+    def images_drawn(self) -> int:
+        """Images that all its steps see, each as often as it is seen."""
+        return min(self.batch_size, self.images) * self.steps * self.epochs
+
 
 def main_phase(directory: RunDir, task: int, indices: Tensor) -> Phase:
     """Training on a task's images; the run's first task, also if it is all classes at once, has its own budget."""

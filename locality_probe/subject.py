@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cil import augment, checkpoint, data, foreign
+from cil import augment, checkpoint, data, foreign, models
 from cil.checkpoint import RunDir
 from locality_probe.tables import INITIAL
 
@@ -49,13 +49,9 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
 
     Raises ValueError for a name that timm does not know and weights that do not fit.
     """
-    import difflib
-
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    models.check_timm(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from cil import checkpoint, recipes
 from cil.evaluate import scores
 from cil.run import Run
-from cil.train import Progress, in_class_order, load_dataset, plan, train
+from cil.schedule import plan, total_steps
+from cil.train import Progress, in_class_order, load_dataset, train
 from locality_probe.progress import training
 from locality_probe.tables import SWEEP
 
@@ -91,7 +92,7 @@ def planned(jobs: list[Job]) -> list[Job]:
         try:
             datasets[key] = datasets.get(key) or load_dataset(job.run)
             directory = checkpoint.describe(job.path, job.run, datasets[key])
-            steps = sum(p.steps * p.epochs for p in plan(directory, in_class_order(datasets[key], directory)))
+            steps = total_steps(plan(directory, in_class_order(datasets[key], directory)))
             found.append(dataclasses.replace(job, tasks=len(directory.planned_tasks), steps=steps))
         except ValueError as error:
             found.append(dataclasses.replace(job, problem=str(error)))

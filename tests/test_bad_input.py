@@ -309,6 +309,8 @@ def test_resume_state_that_is_torn_counts_as_none(runs):
         assert directory.load_resume(1)["step"] == 6
     previous.write_bytes(b"junk")
     assert directory.load_resume(1) is None
+    directory.save_resume(5, {"task": 1, "step": 5})  # anew from before the torn ones, which must not push it out
+    assert directory.load_resume(1)["step"] == 5 and [p.stem for p in directory.resume_states()] == ["000000005"]
 
 
 # foreign weights

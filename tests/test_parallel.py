@@ -69,6 +69,7 @@ def test_same_run_on_several_processes(size, changes, toy, tmp_path):
     for task in (0, 1):
         first, second = (load_file(directory.weights_path(task)) for directory in (a, b))
         for name in first:
+            # AdamW divides a gradient by its own size, so where it is nearly 0 rounding decides a step of up to lr = 2e-3.
             torch.testing.assert_close(first[name], second[name], rtol=1e-2, atol=1e-4, msg=name)
 
 

@@ -121,7 +121,11 @@ def test_small_is_real_cifar100_with_all_classes_and_the_papers_layers():
 @pytest.mark.parametrize("name", RECIPES)
 def test_docstring_says_command_cost_and_result(name):
     doc = RECIPES[name].__doc__
-    assert re.search(r"Published|Measured|Not yet run", doc) and re.search(r"Cost: |hour|minute", doc)
+    assert (
+        re.search(r"Published|Measured|Not yet run", doc)
+        and f"train {name}." in " ".join(doc.split())
+        and re.search(r"Cost: |hour|minute", doc)
+    )
     assert "TODO" not in doc
 
 

@@ -203,8 +203,8 @@ def recipes(text) -> None:
 def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir, out, as_json, device) -> None:
     """Nonlocality D_loc of every task, layer and head of runs, with the joint twin beside each if it is there.
 
-    Writes nonlocality.csv, per-image values (nonlocality_images.parquet), layers.csv (what was measured and what was
-    skipped, and why) and measurement.json (the images).
+    Writes nonlocality.csv, 95 % intervals over images and, for several runs, over seeds (intervals.csv), per-image values
+    (nonlocality_images.parquet), layers.csv (what was measured and what was skipped, and why) and measurement.json.
     """
     if bool(ckpts) == bool(model):
         raise click.UsageError("give run directories or weights files, or --model timm/NAME")
@@ -227,10 +227,67 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
     if as_json:
         click.echo(result.nonlocality.to_json(orient="records", double_precision=15))
         return
-    click.echo(survey.format_table(result.nonlocality))
+    click.echo(survey.format_table(result.nonlocality, result.intervals))
     for row in result.layers[result.layers["status"] != "ok"].drop_duplicates(["name", "reason"]).itertuples():
         click.echo(f"skipped layer {row.layer} ({row.name}, {row.kind}): {row.reason}")
     click.echo(f"wrote {', '.join(map(str, paths))}")
+
+
+@main.command()
+@click.argument("first", metavar="CIL_DIR")
+@click.argument("second", metavar="JOINT_DIR")
+@click.option("--and", "more", nargs=2, multiple=True, metavar="CIL_DIR JOINT_DIR", help="The same pair with another seed: "
+              "intervals are then over seeds; repeatable.")  # fmt: skip
+@click.option("--images", help="As for `measure`.  [default: the first run's own test images]")
+@click.option("--n", type=click.IntRange(2), help="Number of images.  [default: 256, or all of a smaller set]")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the images.")
+@click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")
+@click.option("--data", "data_dir", help="Where cifar100 or imagenet100 lies.  [default: where the run found it]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for table and figure.  [default: CIL_DIR, or .]")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the rows of comparison.csv as one JSON list, nothing else."
+)
+@device_option
+def compare(first, second, more, images, n, seed, tasks, data_dir, out, as_json, device) -> None:
+    """Does CIL_DIR look farther than JOINT_DIR? Per task and layer, the paired difference, its interval and a verdict.
+
+    Both may be any two runs or weights files of networks whose layers and grids pair. Writes comparison.csv and
+    comparison.png.
+    """
+    from figures import comparison, style
+    from locality_probe import compare as comparing
+    from locality_probe import survey
+    from locality_probe.plan import make_plan
+    from locality_probe.progress import counter
+    from locality_probe.tables import COMPARISON
+
+    pairs = [(first, second), *more]
+    paths = [path for pair in pairs for path in pair]
+    if len(set(paths)) < len(paths):
+        raise click.UsageError(f"{max(paths, key=paths.count)} is given twice: compare different runs")
+
+    def warn(sentence: str) -> None:
+        click.echo(sentence, err=True)
+
+    plan = make_plan(paths, images=images, n=n, seed=seed, tasks=list(tasks), data_dir=data_dir, warn=warn, twins=False)
+    out, device = out or plan.out, resolve_device(device)
+    typed(check_folder, out)
+    for sentence in comparing.confounders(pairs):
+        warn(sentence)
+    with counter(len(plan.subjects), "models measured") as report:
+        result = survey.survey((make() for make in plan.subjects), plan.images, device, report)
+    sides = [tuple(comparing.side_of(path) for path in pair) for pair in pairs]
+    frame = comparing.compare(result.per_image, result.nonlocality, sides)
+    out.mkdir(parents=True, exist_ok=True)
+    written = [
+        COMPARISON.write(frame, out / "comparison.csv"),
+        style.save(comparison.draw(frame), out / "comparison.png"),
+    ]
+    if as_json:
+        click.echo(frame.to_json(orient="records", double_precision=15))
+        return
+    click.echo(comparing.format_table(frame))
+    click.echo(f"wrote {', '.join(map(str, written))}")
 
 
 @main.command()

@@ -25,15 +25,20 @@ class Plan:
 def make_plan(
     ckpts: list[str], model: str | None = None, weights: Path | None = None, pretrained: bool = False,
     images: str | None = None, n: int | None = None, seed: int = 0, tasks: list[int] | None = None,
-    data_dir: str | None = None, warn: Callable[[str], None] = print,
+    data_dir: str | None = None, warn: Callable[[str], None] = print, twins: bool = True,
 ) -> Plan:  # fmt: skip
-    """Resolve the options of `locality-probe measure`. Raises ValueError for what is not there or does not go together."""
+    """Resolve the options of `locality-probe measure`. Raises ValueError for what is not there or does not go together.
+
+    twins: whether joint twins that were not asked for are measured too.
+    """
     if model:
         subject = from_model_option(model, weights, pretrained, warn)
         return Plan([lambda: subject], load_images(images or "photos", n, seed, data_dir or "data"), Path("."))
     files = list(dict.fromkeys(Path(c) for c in ckpts if Path(c).is_file()))
     given = [checkpoint.open_run(c) for c in ckpts if Path(c) not in files]
     directories, tasks = with_twins(given, warn), list(dict.fromkeys(tasks or ()))
+    if not twins:
+        directories = [d for d in directories if d.path in {g.path for g in given}]
     subjects, asked = [], {d.path for d in given}
     for directory in directories:
         # A twin that was not asked for may lack some of the tasks.

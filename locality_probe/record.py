@@ -1,13 +1,15 @@
 """Run a model once and see the attention of each layer at its real input, whatever the model, one layer at a time.
 
-Layers that offer `attention_map` (ours) are asked. In any other model `F.scaled_dot_product_attention` is watched while it
-stays fused, and where a layer writes attention out, the softmax that is then multiplied with the values; a
-TorchFunctionMode sees both, so nothing is replaced.
+Layers that offer `attention_map` (ours) are asked. In any other model a TorchFunctionMode sees
+`F.scaled_dot_product_attention` while it stays fused, nn.MultiheadAttention, and where a layer writes attention out, the
+softmax that is then multiplied with the values.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
@@ -17,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-CHUNK_BYTES = 64 * 2**20  # of attention in float32 at a time: whole images, at least one
+from locality_probe.measures import uniform_nonlocality
+
+CHUNK_BYTES = 64 * 2**20  # of attention in float32 that a measure sees at a time: whole images, at least one
+BLOCK = 1_200_000  # numbers of attention at once where it is added up block by block: about a core's cache
+BLOCK_ROWS = 128  # queries of a block, where all of them are too many
+MAX_PREFIX = 16  # more tokens than this in front of the patches are not taken for class and register tokens
 
 
 @runtime_checkable
@@ -33,26 +40,38 @@ class AttentionLayer(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer of a model and what became of it: `status` is ok, or skipped with a `reason`."""
+    """One attention layer of a model and what became of it: `status` is ok, or skipped with a `reason`.
+
+    how: asked (by attention_map) | fused (scaled_dot_product_attention) | multihead (nn.MultiheadAttention) | written out
+    extent: grid, of the whole image, or window: the grid is that of one window, and maps are [B * windows, H, Q, K]
+    """
 
     index: int
     name: str
     kind: str
     num_heads: int
     queries: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     num_prefix_tokens: int
     status: str = "ok"
     reason: str = ""
+    how: str = ""
+    extent: str = "grid"
+    causal: bool = False
 
     @property
     def keys(self) -> int:
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        return self.num_prefix_tokens + math.prod(self.grid)
 
     @property
     def between_patches(self) -> bool:
         """Whether patches are among the queries; not so where a class or task token alone looks at them."""
         return self.queries == self.keys
+
+    @property
+    def d_uniform(self) -> float:
+        """D_loc of uniform attention here, in patches; under a causal mask, over the keys that it leaves."""
+        return uniform_nonlocality(self.grid, self.causal)
 
     def skipped(self, reason: str) -> Layer:
         return replace(self, status="skipped", reason=reason)
@@ -60,75 +79,149 @@ class Layer:
 
 @dataclass
 class Recorded:
-    """A layer, and the measure's values: tensors [B, ...], empty if the layer was skipped."""
+    """A layer, and the values that were read off it: tensors [B, ...], empty if the layer was skipped."""
 
     layer: Layer
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Maps:
+    """The attention of a layer in one forward pass, [B, H, Q, K], as part(images) -> float32 [b, H, Q, K]."""
+
+    def __init__(self, part: Callable[[slice], Tensor], shape: tuple[int, ...]):
+        self._part, self.shape = part, tuple(shape)
+
+    def part(self, images: slice) -> Tensor:
+        return self._part(images)
+
+    def visit(self, visitor: Visitor) -> None:
+        """Show all of it, block by block: whole images at a time are made, a block of queries at a time is shown."""
+        batch, heads, queries, keys = self.shape
+        step, rows = max(1, BLOCK // (heads * queries * keys)), _rows(queries, keys)
+        for images in _slices(batch, step):
+            attention = self.part(images)
+            for some in _slices(queries, rows):
+                visitor(attention[:, :, some].contiguous(), images, slice(0, heads), some.start)
+
+
+class Scores(Maps):
+    """The attention that F.scaled_dot_product_attention(query, key, value, ...) applies; scores are float32 at least."""
+
+    def __init__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **_):
+        self.query, self.key, self.value = query, key, value
+        self.mask, self.causal = attn_mask, is_causal
+        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.shape = (*query.shape[:-1], key.shape[-2])
+        # Where attention is worked out anyway, in the model's own precision, the kernel need not run too.
+        own = query.dtype in (torch.float32, torch.float64) and query.device.type == "cpu" and dropout_p == 0
+        self.replaces = own and len(query) == len(value) and query.ndim == 4 and not torch.is_grad_enabled()
+        self.out: Tensor | None = None  # what the kernel would return, once `visit` has worked it out
+
+    def part(self, images: slice) -> Tensor:
+        return fused_map(self.query, self.key, self.mask, self.causal, self.scale, images)
+
+    def visit(self, visitor: Visitor) -> None:
+        """Attention and, where it `replaces` the kernel, its output, a block of images, heads and queries at a time.
+
+        A block fits a core's cache, so that this costs little more than the fused kernel, and no more memory.
+        """
+        batch, heads, queries, keys = self.shape
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        rows = _rows(queries, keys)
+        maps = max(1, min(BLOCK // (rows * keys), max(8, BLOCK // (4 * rows * keys))))
+        step, together = (
+            -(-heads // -(-heads // maps)),
+            max(1, maps // heads),
+        )  # equal parts of the heads, or all of some images
+        scratch = self.query.new_empty(min(maps, batch * heads) * rows * keys, dtype=dtype)
+        mask = None if self.mask is None else self.mask.expand(self.shape)
+        if self.replaces:  # laid out as models want it next: heads side by side
+            self.out = self.value.new_empty(batch, queries, heads, self.value.shape[-1]).transpose(1, 2)
+        for images in _slices(batch, together):
+            q, k, v = (self._of(x, images, dtype) for x in (self.query, self.key, self.value))
+            q, k = q * self.scale, k.mT.contiguous()
+            for some in _slices(queries, rows):
+                for these in _slices(heads, step):
+                    b, h, n = len(q), these.stop - these.start, some.stop - some.start
+                    a = scratch[: b * h * n * keys].view(b * h, n, keys)
+                    torch.bmm(q[:, these, some].flatten(0, 1), k[:, these].flatten(0, 1), out=a)
+                    block = a.view(b, h, n, keys)
+                    _softmax(block, None if mask is None else mask[images, these, some], self.causal * (some.start + 1))
+                    if self.replaces:
+                        self.out[images, these, some] = torch.bmm(a, v[:, these].flatten(0, 1)).view(b, h, n, -1)
+                    visitor(block, images, these, some.start)
+
+    def _of(self, x: Tensor, images: slice, dtype: torch.dtype) -> Tensor:
+        """[B, H, N, d], perhaps of fewer heads or of one image for all -> [b, H, N, d]"""
+        if x.shape[1] != self.shape[1]:  # grouped queries
+            x = x.repeat_interleave(self.shape[1] // x.shape[1], dim=1)
+        return x.expand(self.shape[0], -1, -1, -1)[images].to(dtype)
+
+
+Visitor = Callable[[Tensor, slice, slice, int], None]  # attention [b, h, q, K], contiguous; images, heads, first query
+Reader = Callable[[Layer, Maps], dict[str, Tensor]]  # -> values [B, ...]
 Measure = Callable[[Tensor, Layer], dict[str, Tensor]]
 
 
-@torch.no_grad()
 def record(
     model: nn.Module,
     images: Tensor,
     measure: Measure,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     num_prefix_tokens: int | None = None,
 ) -> list[Recorded]:
     """Forward `images` [B, 3, H, W] in eval mode and apply `measure` to the attention [b, H, Q, K] of every layer.
 
     The measure gets a few images at a time in float32 and returns tensors [b, ...]; no more than one chunk of one layer's
-    attention is alive. grid and num_prefix_tokens are read off the model where it has timm's names for them. The model
-    comes back as it was: hooks, training mode of each module, gradient mode.
+    attention is alive. Grid and prefix tokens are told from the model's parts and feature maps where they are not given.
+    The model comes back as it was: hooks, training mode of each module, gradient mode.
 
-    Raises ValueError for a model without attention, a compiled one, and when the grid cannot be told.
+    Raises ValueError for a model without attention, and for one with compiled parts.
     """
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
-        raise ValueError("a torch.compile'd model hides its attention; give the model itself (model._orig_mod)")
-    watch = _Watch(model, measure, _geometry(model, images, grid, num_prefix_tokens), images)
-    with _evaluating(model), watch.hooked(), watch:
-        model(images)
-    recorded = watch.result()
-    if not recorded:
-        raise ValueError(f"{type(model).__name__} has no attention layer that can be seen")
-    return recorded
 
+    def read(layer: Layer, attention: Maps) -> dict[str, Tensor]:
+        batch, *per_image = attention.shape
+        chunks = [
+            measure(attention.part(rows), layer)
+            for rows in _slices(batch, max(1, CHUNK_BYTES // (4 * math.prod(per_image))))
+        ]
+        return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
-def _geometry(model, images, grid, num_prefix_tokens) -> Callable[[], tuple[tuple[int, int], int]]:
-    """How to find (grid, num_prefix_tokens) of a layer that does not say so itself; asked only where needed."""
-
-    def find() -> tuple[tuple[int, int], int]:
-        embed, size = getattr(model, "patch_embed", None), tuple(images.shape[-2:])
-        patch = getattr(embed, "patch_size", None)
-        found = grid
-        if found is None and hasattr(embed, "dynamic_feat_size"):  # timm's: knows of padding and of a CNN in front
-            found = tuple(embed.dynamic_feat_size(size))
-        elif found is None and patch is not None:
-            patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-            found = tuple(side // p for side, p in zip(size, patch, strict=True))
-        prefix = num_prefix_tokens if num_prefix_tokens is not None else getattr(model, "num_prefix_tokens", None)
-        if found is None or prefix is None:
-            raise ValueError(
-                f"the patch grid of {type(model).__name__} cannot be told from it; give grid=(rows, columns) and "
-                "num_prefix_tokens"
-            )
-        return found, prefix
-
-    return find
+    with watching(model, read, grid, num_prefix_tokens) as watch:
+        watch.forward(images)
+    return watch.result()
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; each module's own training mode comes back, for frozen parts differ from their parents."""
-    modes = [(module, module.training) for module in model.modules()]
+def watching(model: nn.Module, read: Reader, grid=None, num_prefix_tokens=None) -> Iterator[Watch]:
+    """A Watch on `model`, which is in eval mode meanwhile; it comes back as it was, also after an exception."""
+    model = plain(model)
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    modes = {module: module.training for module in model.modules()}  # frozen parts differ from their parents
+    watch = Watch(model, read, grid, num_prefix_tokens)
     try:
+        for module in compiled:  # model.compile(): the same module, run as it is written
+            module._compiled_call_impl = None
         model.eval()
-        yield
+        with watch.hooked():
+            yield watch
     finally:
-        for module, training in modes:
+        for module, training in modes.items():
             module.training = training
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper. Raises ValueError naming a part that hides its attention."""
+    model = getattr(model, "_orig_mod", model)
+    for name, part in model.named_modules():
+        what = "torch.compile'd" if hasattr(part, "_orig_mod") else "TorchScript"
+        if hasattr(part, "_orig_mod") or isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the model'} is {what} and hides its attention; give the model as it was before"
+            )
+    return model
 
 
 SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax}
@@ -139,20 +232,43 @@ NOT_BETWEEN_PATCHES = {  # by what is in the name of the class, where no shape c
     "covariance": "it attends between channels",
     "channel": "it attends between channels",
     "maskunit": "its tokens are ordered by mask units, not by rows of the grid",
+    "attentionglobal": "its queries are of the whole image, its keys of a window",
 }
+ASKED_AFTER = {
+    "GPSA": "get_attention"
+}  # timm's ConViT: two softmaxes and a gate; its method gives the map that it applies
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Sees attention as the model computes it and knows whose it is by a stack of the modules that are running."""
 
-    def __init__(self, model: nn.Module, measure: Measure, geometry, images: Tensor):
+    def __init__(self, model: nn.Module, read: Reader, grid: tuple[int, ...] | None, num_prefix_tokens: int | None):
         super().__init__()
-        self.measure, self.geometry, self.batch, self.device = measure, geometry, len(images), images.device.type
+        self.model, self.read, self.grid, self.num_prefix_tokens = model, read, grid, num_prefix_tokens
         self.names = {module: name for name, module in model.named_modules()}
         self.asked = {module for module in self.names if isinstance(module, AttentionLayer)}
+        self.asked_after = {
+            m: getattr(m, ASKED_AFTER[type(m).__name__])
+            for m in self.names if hasattr(m, ASKED_AFTER.get(type(m).__name__, " "))
+        }  # fmt: skip
+        self.silent = self.asked | set(self.asked_after)
+        self.tokens = sum(
+            p.numel() // p.shape[-1] for name, p in model.named_parameters() if p.ndim and _is_token(name)
+        )
+
+    @torch.no_grad()
+    def forward(self, *inputs: object, **named: object) -> object:
+        """The model's output, and in `seen` each layer with what was read off it."""
+        tensors = [x for x in (*inputs, *named.values()) if isinstance(x, Tensor) and x.ndim]
+        if not tensors:
+            raise ValueError("give the model's input as tensors, [B, ...]")
+        self.inputs, self.batch, self.device = tensors[0], len(tensors[0]), tensors[0].device.type
         self.running: list[nn.Module] = []
         self.softmaxed: list[tuple[Tensor, nn.Module]] = []  # on their way to the values, and whose they are
+        self.shapes: dict[tuple[int, int], None] = {}  # of feature maps, or what looks like one; the newest last
         self.seen: dict[nn.Module, Recorded] = {}
+        with self:
+            return self.model(*inputs, **named)
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -169,15 +285,22 @@ class _Watch(TorchFunctionMode):
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
         self.running.append(module)
         if module in self.asked:
-
-            def part(rows: slice) -> Tensor:
-                return module.attention_map(*(x[rows] for x in inputs))
-
-            shape = part(slice(0, 1)).shape[1:]
-            self._see(module, part, len(inputs[0]), shape, tuple(module.grid), module.num_prefix_tokens)
+            maps = Maps(lambda rows: module.attention_map(*(x[rows] for x in inputs)), ())
+            maps.shape = (len(inputs[0]), *maps.part(slice(0, 1)).shape[1:])
+            place = tuple(module.grid), module.num_prefix_tokens, "grid"
+            self._see(module, maps, "asked", place)
 
     def _leave(self, module: nn.Module, inputs: tuple, output: object) -> None:
+        if module in self.asked_after and module not in self.seen:
+            give = self.asked_after[module]
+            maps = Maps(lambda rows: give(inputs[0][rows]).float(), (len(inputs[0]), *give(inputs[0][:1]).shape[1:]))
+            self._see(module, maps, "asked")
         self.running.pop()
+        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == self.batch:
+            for shape in (tuple(output.shape[1:3]), tuple(output.shape[2:])):  # channels last, channels first
+                if min(shape) > 1:
+                    self.shapes.pop(shape, None)
+                    self.shapes[shape] = None  # the newest is last
         left = [attention for attention, owner in self.softmaxed if owner is module]
         self.softmaxed = [(attention, owner) for attention, owner in self.softmaxed if owner is not module]
         for attention in left:
@@ -190,11 +313,15 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not self.running or not self.asked.isdisjoint(self.running):  # layers that are asked need no watching
-            return result
+        if not self.running or not self.silent.isdisjoint(self.running):  # layers that are asked need no watching
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            self._see_fused(result, *args, **kwargs)
+            scores = Scores(*args, **kwargs)
+            self._see_unasked(self.running[-1], scores, "fused")
+            return func(*args, **kwargs) if scores.out is None else scores.out
+        result = func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            self._see_multihead(func, inspect.signature(func).bind(*args, **kwargs).arguments)
         elif func in SOFTMAX:
             if result.ndim > 2 and _named(args, kwargs, 1, "dim") in (-1, result.ndim - 1):
                 self.softmaxed.append((result, self.running[-1]))
@@ -204,56 +331,134 @@ class _Watch(TorchFunctionMode):
             self._see_written_out(func, args, kwargs)
         return result
 
-    def _see_fused(self, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **_):
-        def part(rows: slice) -> Tensor:
-            return fused_map(query, key, attn_mask, is_causal, scale, rows)
-
-        self._see_watched(self.running[-1], part, (*out.shape[:-1], key.shape[-2]))
-
     def _see_written_out(self, func, args: tuple, kwargs: dict) -> None:
         for place, (attention, owner) in enumerate(self.softmaxed):
             if _multiplies(func, args, kwargs, attention):
                 del self.softmaxed[place]
-                self._see_watched(owner, lambda rows, a=attention: a[rows].float(), tuple(attention.shape))
+                self._see_unasked(owner, Maps(lambda rows, a=attention: _wide(a[rows]), attention.shape), "written out")
                 return
 
-    def _see_watched(self, module: nn.Module, part: Callable[[slice], Tensor], shape: tuple[int, ...]) -> None:
+    def _see_multihead(self, func, given: dict) -> None:
+        """nn.MultiheadAttention: the same function again, a few images at a time, with the weights that it then returns."""
+        query, key, heads = given["query"], given["key"], given["num_heads"]
+        if query.ndim != 3:
+            return self._skip(self.running[-1], f"its input {list(query.shape)} is not a batch")
+
+        def part(rows: slice) -> Tensor:
+            some = given | {name: given[name][:, rows] for name in ("query", "key", "value")}
+            if given.get("key_padding_mask") is not None:
+                some["key_padding_mask"] = given["key_padding_mask"][rows]
+            mask = given.get("attn_mask")
+            if mask is not None and mask.ndim == 3:
+                some["attn_mask"] = mask[rows.start * heads : rows.stop * heads]
+            return func(**some | {"need_weights": True, "average_attn_weights": False})[1].float()
+
+        keys = key.shape[0] + (given.get("bias_k") is not None) + bool(given.get("add_zero_attn"))
+        self._see_unasked(self.running[-1], Maps(part, (query.shape[1], heads, query.shape[0], keys)), "multihead")
+
+    def _see_unasked(self, module: nn.Module, maps: Maps, how: str) -> None:
         """Attention that the model computed: of all tokens of an image, or of some, or not of tokens at all."""
         other = next((why for word, why in NOT_BETWEEN_PATCHES.items() if word in type(module).__name__.lower()), None)
-        if len(shape) != 4:
-            self._skip(module, f"its attention {list(shape)} is not [B, H, Q, K]")
-        elif shape[0] != self.batch:
-            self._skip(module, f"it attends within parts of an image: {shape[0]} of {self.batch} images")
+        heads = getattr(module, "num_heads", None)
+        if len(maps.shape) == 3 and isinstance(heads, int) and maps.shape[0] % heads == 0 and how == "written out":
+            whole, part = maps.shape, maps.part  # [B * H, Q, K]
+            maps = Maps(
+                lambda rows: part(slice(rows.start * heads, rows.stop * heads)).unflatten(0, (-1, heads)),
+                (whole[0] // heads, heads, *whole[1:]),
+            )
+        if len(maps.shape) != 4:
+            self._skip(module, f"its attention {list(maps.shape)} is not [B, H, Q, K]")
         elif other:
             self._skip(module, other)
         else:
-            grid, prefix = self.geometry()
-            queries, keys = shape[2:]
-            if queries != keys and queries > max(1, prefix):
-                self._skip(module, f"its {queries} queries are neither its {keys} keys nor a token alone")
-            else:
-                self._see(module, part, shape[0], shape[1:], grid, prefix)
+            self._see(module, maps, how)
 
-    def _see(self, module, part: Callable[[slice], Tensor], batch: int, shape, grid, prefix) -> None:
-        heads, queries, keys = shape
-        layer = Layer(-1, self.names[module], type(module).__name__, heads, queries, grid, prefix)
+    def _see(self, module: nn.Module, maps: Maps, how: str, place: tuple | None = None) -> None:
+        batch, heads, queries, keys = maps.shape
         if module in self.seen:
-            self.seen[module] = Recorded(layer.skipped("it attends more than once in a forward pass"))
-        elif keys != layer.keys:
-            reason = f"its {keys} keys are not {prefix} prefix tokens + {grid[0]} x {grid[1]} patches"
-            self.seen[module] = Recorded(layer.skipped(reason))
-        else:
-            step = max(1, CHUNK_BYTES // (4 * heads * queries * keys))
-            with torch.autocast(self.device, enabled=False):  # float32, also where the model computes in less
-                chunks = [self.measure(part(slice(i, i + step)), layer) for i in range(0, batch, step)]
-            self.seen[module] = Recorded(layer, {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]})
+            return self._skip(module, "it attends more than once in a forward pass")
+        place = place or self._place(batch, queries, keys)
+        if isinstance(place, str):
+            return self._skip(module, place)
+        grid, prefix, extent = place
+        layer = Layer(
+            -1, self.names[module], type(module).__name__, heads, queries, grid, prefix, how=how, extent=extent
+        )
+        if keys != layer.keys:
+            return self._skip(module, _misfit(keys, grid, prefix))
+        if layer.between_patches and math.prod(grid) == 1:
+            return self._skip(module, "its grid is one patch: there are no distances")
+        layer = replace(layer, causal=isinstance(maps, Scores) and queries == keys and _is_causal(maps))
+        with torch.autocast(self.device, enabled=False):  # float32, also where the model computes in less
+            self.seen[module] = Recorded(layer, self.read(layer, maps))
+
+    def _place(self, batch: int, queries: int, keys: int) -> tuple[tuple[int, ...], int, str] | str:
+        """(grid, prefix tokens, extent) of a layer that does not say so itself, or why that cannot be told."""
+        if batch != self.batch:
+            window = self._window() if batch % self.batch == 0 else None
+            if window and queries == keys == math.prod(window):
+                return window, 0, "window"
+            return f"it attends within parts of an image: {batch} of {self.batch} images"
+        declared = self.num_prefix_tokens
+        if declared is None:
+            declared = getattr(self.model, "num_prefix_tokens", None)
+        if queries != keys and queries > max(1, declared or 0):
+            return f"its {queries} queries are neither its {keys} keys nor a token alone"
+        if self.grid is not None:
+            return tuple(self.grid), declared or 0, "grid"
+        whole = self._declared_grid()
+        if whole and keys == math.prod(whole) + (declared or 0):
+            return whole, declared or 0, "grid"
+        # Where tokens are merged or class tokens join late, feature maps tell: the newest that fits, with no prefix first.
+        fitting = [
+            (keys - h * w, (h, w))
+            for h, w in reversed(self.shapes)
+            if 0 <= keys - h * w <= min(self.tokens, MAX_PREFIX)
+        ]
+        allowed = [found for found in fitting if self.num_prefix_tokens in (None, found[0])]
+        if allowed:
+            prefix, grid = min(allowed, key=lambda found: found[0])
+            return grid, prefix, "grid"
+        if whole:
+            return _misfit(keys, whole, declared or 0)
+        return (
+            f"its {keys} keys are no grid of patches that can be told: give grid=(rows, columns) and num_prefix_tokens"
+        )
+
+    def _declared_grid(self) -> tuple[int, int] | None:
+        embed = getattr(self.model, "patch_embed", None)
+        patch, size = getattr(embed, "patch_size", None), tuple(self.inputs.shape[-2:])
+        if self.inputs.ndim != 4:
+            return None
+        if hasattr(embed, "dynamic_feat_size"):  # timm's: knows of padding and of a CNN in front
+            return tuple(embed.dynamic_feat_size(size))
+        if patch is None:
+            return None
+        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        return tuple(side // p for side, p in zip(size, patch, strict=True))
+
+    def _window(self) -> tuple[int, int] | None:
+        """The window of the layer that is running, by the names that Swin, Twins and MaxViT have for it."""
+        for module in reversed(self.running[-3:]):
+            if getattr(module, "partition_block", True) is False:
+                return None  # MaxViT's grid attention: every so many patches, not neighbours
+            for name in ("window_size", "ws", "partition_size"):
+                size = getattr(module, name, None)
+                if isinstance(size, int) and size > 0:
+                    return size, size
+                if isinstance(size, (tuple, list)) and len(size) == 2:
+                    return tuple(size)
+        return None
 
     def _skip(self, module: nn.Module, reason: str) -> None:
         layer = Layer(-1, self.names[module], type(module).__name__, 0, 0, (0, 0), 0)
         self.seen[module] = Recorded(layer.skipped(reason))
 
     def result(self) -> list[Recorded]:
-        """Every attention layer of the model in its order: those that were seen, and those that should have been."""
+        """Every attention layer of the model in its order: those that were seen, and those that should have been.
+
+        Raises ValueError for a model without any.
+        """
         for module in self.names:
             inside = (other for other in module.modules() if other is not module)
             if not _looks_like_attention(module) or module in self.seen:
@@ -261,6 +466,8 @@ class _Watch(TorchFunctionMode):
             if not any(other in self.seen or _looks_like_attention(other) for other in inside):
                 self._skip(module, "neither scaled_dot_product_attention nor softmax is seen in it")
         recorded = [self.seen[module] for module in self.names if module in self.seen]
+        if not recorded:
+            raise ValueError(f"{type(self.model).__name__} has no attention layer that can be seen")
         for index, item in enumerate(recorded):
             item.layer = replace(item.layer, index=index)
         return recorded
@@ -271,15 +478,57 @@ def fused_map(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: fl
     q, k = (x[rows] if len(x) > 1 else x for x in (q, k))
     if k.shape[1] != q.shape[1]:  # grouped queries
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q.float() @ k.float().transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = _wide(q) @ _wide(k).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    mask = mask[rows] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
+    return _softmax(scores, mask, int(causal))
+
+
+def _softmax(scores: Tensor, mask: Tensor | None, causal: int) -> Tensor:
+    """In place over the keys of scores [b, h, q, K]; causal: 1 + the place of the first query, or 0.
+
+    A query whose every key is masked attends to nothing.
+    """
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        mask = mask[rows] if mask.ndim == 4 and mask.shape[0] > 1 else mask
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    attention = scores.softmax(-1)
-    # A query whose every key is masked attends to nothing.
-    return attention if mask is None else attention.masked_fill_(scores.amax(-1, keepdim=True) == float("-inf"), 0.0)
+        scores.masked_fill_(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(causal), -math.inf
+        )
+    if mask is None:
+        return torch.softmax(scores, -1, out=scores)
+    scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    empty = scores.amax(-1, keepdim=True) == -math.inf
+    return torch.softmax(scores, -1, out=scores).masked_fill_(empty, 0.0)
+
+
+def _is_causal(scores: Scores) -> bool:
+    """Whether no query sees a later key: by is_causal, or by a mask that says so for all images and heads alike."""
+    if scores.causal or scores.mask is None or scores.shape[-1] == 1:
+        return scores.causal
+    mask = scores.mask.expand(scores.shape)[0, 0]
+    closed = ~mask if mask.dtype == torch.bool else mask <= -1e4
+    return bool((closed == torch.ones_like(closed).triu(1)).all())
+
+
+def _rows(queries: int, keys: int) -> int:
+    return queries if queries * keys <= BLOCK // 8 else min(queries, BLOCK_ROWS)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision -> float32"""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _misfit(keys: int, grid: tuple[int, ...], prefix: int) -> str:
+    return f"its {keys} keys are not {prefix} prefix tokens + {' x '.join(map(str, grid))} patches"
+
+
+def _is_token(name: str) -> bool:
+    """Whether a parameter holds class, register or distillation tokens, by the names of timm, HuggingFace and torchvision."""
+    name = name.rpartition(".")[-1].lower()
+    return any(word in name for word in ("token", "class_emb", "cls", "register"))
 
 
 def _named(args: tuple, kwargs: dict, place: int, name: str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,10 @@ class Subject:
     crop: Callable[[Image.Image], Image.Image]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    settings: str = ""  # of its run, less the seed: runs that share them are one experiment
+    seed: int = 0
+    grid: tuple[int, ...] | None = None  # where the network does not tell
+    num_prefix_tokens: int | None = None
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Any Pillow image -> float [3, H, W]."""
@@ -41,6 +45,7 @@ def from_run(directory: RunDir, task: int) -> Subject:
     return Subject(
         directory.name, directory.twin_of or directory.name, directory.run.training, task, model,
         lambda image: crop(image, directory.image_size), directory.mean, directory.std,
+        str(replace(directory.run, seed=0, data_dir="", recipe="")), directory.run.seed,
     )  # fmt: skip
 
 

@@ -13,6 +13,14 @@ _MODEL = {
 }
 _HEAD = _MODEL | {"head": ("int64", "from 0; heads pair only along one training lineage")}
 
+_SHARES = {  # of locality_probe.measures.measure, which has the equations; empty where a measure was not asked for
+    "rms_distance": ("float64", "root mean square of the attended distance, patches"),
+    "prefix_mass": ("float64", "attention of patches on class, register and distillation tokens, 0 to 1"),
+    "entropy": ("float64", "of a patch's attention over patches, over that of uniform attention, 0 to 1"),
+    "self_mass": ("float64", "attention of a patch on itself, among patches, 0 to 1"),
+    "centroid_shift": ("float64", "distance of a patch to the mean place that it attends to, patches"),
+}
+
 NONLOCALITY = Table(
     "nonlocality",
     keys=_HEAD,
@@ -23,21 +31,84 @@ NONLOCALITY = Table(
             "incremental | joint (a fresh model a task) | joint-terminal | model (not one of our runs)",
         ),
         "kind": ("str", "class of the attention layer"),
+        "extent": ("str", "grid: over the whole image | window: inside each window, as in Swin"),
         "images": ("int64", "number of images measured"),
         "d_loc": ("float64", "nonlocality: mean over images and query patches of the attended distance, patches"),
         "d_loc_sd": ("float64", "standard deviation over images of the per-image value, patches"),
-        "d_uniform": ("float64", "d_loc of uniform attention on the same grid, patches"),
+        "d_uniform": ("float64", "d_loc of uniform attention on the same grid, patches; causal: over earlier keys"),
         "d_ratio": ("float64", "d_loc / d_uniform"),
-        "prefix_mass": ("float64", "attention of patches on class, register and distillation tokens, 0 to 1"),
+        **_SHARES,
+        "gate": ("float64", "GPSA: share of positional attention, 0 to 1; empty for other layers"),
+        "content_scale": ("float64", "LPA: lambda; empty for other layers"),
     },
 )
 
 NONLOCALITY_IMAGES = Table(
     "nonlocality_images",
     keys=_HEAD | {"image": ("int64", "index of the image in its source: see measurement.json")},
+    values={"d_loc": ("float32", "nonlocality of this image, patches")}
+    | {name: ("float32", meaning) for name, (_, meaning) in _SHARES.items()},
+)
+
+_INTERVAL = {
+    "low": ("float64", "lower end of the 95 % interval"),
+    "high": ("float64", "upper end of the 95 % interval"),
+}
+
+INTERVALS = Table(
+    "intervals",
+    keys={"measure": ("str", "a value column of nonlocality_images"), **_MODEL}
+    | {
+        "other": ("str", "empty, or RUN:TASK, from which the row is the difference"),
+        "over": ("str", "what the interval is over: images | images, paired | seeds | seeds, paired"),
+    },
     values={
-        "d_loc": ("float32", "nonlocality of this image, patches"),
-        "prefix_mass": ("float32", "attention of patches on prefix tokens, 0 to 1"),
+        "mean": ("float64", "mean over heads, and over images or seeds, of the measure or the difference; its unit"),
+        **_INTERVAL,
+        "n": ("int64", "number of images or seeds"),
+    },
+)
+
+ALL_TASKS = -2  # the task of the rows that are a mean over tasks
+
+COMPARISON = Table(
+    "comparison",
+    keys={
+        "run": ("str", "name of the first run, model or group of seeds"),
+        "other": ("str", "of the second"),
+        "task": ("int64", "of the first, from 0; -2: the mean over their common tasks"),
+        "other_task": ("int64", "of the second: the same, but where two single checkpoints are compared"),
+        "layer": ("int64", "attention layer, from the shallow end, from 0"),
+    },
+    values={
+        "d_loc": ("float64", "of the first, mean over heads and images, patches"),
+        "d_loc_other": ("float64", "of the second, patches"),
+        "difference": ("float64", "first minus second, paired, patches"),
+        **_INTERVAL,
+        "low_all": ("float64", "lower end of an interval that holds for all rows of the table at once, 95 %"),
+        "high_all": ("float64", "its upper end"),
+        "d_uniform": ("float64", "d_loc of uniform attention, patches"),
+        "over": ("str", "what the intervals are over: images, paired | seeds, paired"),
+        "n": ("int64", "number of images or seeds"),
+        "verdict": (
+            "str",
+            "farther | closer (the interval for all rows excludes 0) | equal (it lies within the margin) | undecided",
+        ),
+    },
+)
+
+HISTORY = Table(
+    "history",
+    keys={
+        "epoch": ("int64", "as the training loop counts"),
+        "layer": ("int64", "attention layer, from the shallow end, from 0"),
+    },
+    values={
+        "name": ("str", "module path in the model"),
+        "d_loc": ("float64", "nonlocality, mean over heads and images, patches"),
+        "d_uniform": ("float64", "d_loc of uniform attention, patches"),
+        "d_ratio": ("float64", "d_loc / d_uniform"),
+        "prefix_mass": ("float64", "attention of patches on class, register and distillation tokens, 0 to 1"),
     },
 )
 
@@ -47,9 +118,15 @@ LAYERS = Table(
     values={
         "name": ("str", "module path in the model"),
         "kind": ("str", "class of the attention layer"),
+        "how": (
+            "str",
+            "fused: scaled_dot_product_attention | multihead: nn.MultiheadAttention | written out: softmax and a "
+            "product | asked: the layer gives its map; empty if skipped",
+        ),
         "num_heads": ("int64", "0 where the layer was not seen"),
-        "grid_rows": ("int64", "patches"),
-        "grid_columns": ("int64", "patches"),
+        "grid_rows": ("int64", "patches; 1 for a sequence"),
+        "grid_columns": ("int64", "patches, or positions of a sequence"),
+        "extent": ("str", "grid: the whole image | window: the grid is that of a window"),
         "num_prefix_tokens": ("int64", "class, register and distillation tokens before the patches"),
         "status": ("str", "ok | skipped"),
         "reason": ("str", "why it was skipped; empty if ok"),

@@ -26,9 +26,9 @@ from cil.run import randomness
 from locality_probe.cli import main
 from locality_probe.measures import nonlocality
 from locality_probe.record import record
-from locality_probe.tables import INITIAL, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
+from locality_probe.tables import INITIAL, INTERVALS, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
-WRITTEN = ["layers.csv", "measurement.json", "nonlocality.csv", "nonlocality_images.parquet"]
+WRITTEN = ["intervals.csv", "layers.csv", "measurement.json", "nonlocality.csv", "nonlocality_images.parquet"]
 TINY = {
     "num_classes": 4, "images_per_class": 6, "dim": 8, "num_heads": 2, "depth": 2,
     "epochs_first": 1, "epochs": 1, "finetune_epochs": 1, "batch_size": 8, "memory": 8,
@@ -179,7 +179,7 @@ def test_measure_a_run_with_its_twin(runs, toy):
     np.testing.assert_allclose(rows["d_ratio"], rows["d_loc"] / rows["d_uniform"])
 
     means = rows.groupby(["task", "layer", "training"])["d_loc"].mean()
-    lines = [line.split() for line in result.stdout.splitlines()]
+    lines = [[w for w in line.split() if not w.startswith("±")] for line in result.stdout.splitlines()]
     assert ["task", "layer", "0", "LPA", "layer", "1", "GPSA"] in lines
     assert ["incremental", "joint", "incremental", "joint"] in lines
     for name, task in (("init", -1), ("0", 0), ("1", 1), ("2", 2)):
@@ -194,6 +194,14 @@ def test_measure_a_run_with_its_twin(runs, toy):
     table = rows.set_index(["run", "task", "layer", "head"])
     np.testing.assert_allclose(per_image.mean(), table["d_loc"], rtol=1e-6)
     np.testing.assert_allclose(per_image.std(), table["d_loc_sd"], atol=1e-6)
+    sure = INTERVALS.read("runs/toy/intervals.csv").set_index(["run", "task", "layer", "other"])
+    row = sure.loc[("toy", 2, 1, "")]
+    assert row["low"] < row["mean"] < row["high"] and row["over"] == "images" and row["n"] == 5
+    assert row["mean"] == pytest.approx(means[2, 1, "incremental"], rel=1e-6)
+    assert f"{row['mean']:.3f} ±{(row['high'] - row['low']) / 2:.3f}" in result.stdout
+    gap = sure.loc[("toy", 2, 1, "toy-joint:2")]
+    assert gap["over"] == "images, paired"
+    assert gap["mean"] == pytest.approx(means[2, 1, "incremental"] - means[2, 1, "joint"], rel=1e-5)
     layers = LAYERS.read("runs/toy/layers.csv")
     assert layers["status"].tolist() == ["ok", "ok", "skipped"] * 8 and layers["reason"].ne("").sum() == 8
     used = json.loads(Path("runs/toy/measurement.json").read_text())["images"]
@@ -217,7 +225,7 @@ def test_initial_row_is_the_network_from_the_seed(runs, toy):
         return {"d": nonlocality(attention, layer.grid)[0]} if layer.between_patches else {}
 
     expected = [item.values["d"].mean(0) for item in record(model.eval(), x, measure) if item.values]
-    np.testing.assert_allclose(rows["d_loc"], torch.cat(expected), rtol=1e-9)
+    np.testing.assert_allclose(rows["d_loc"], torch.cat(expected), rtol=1e-6)
 
 
 def test_json_is_the_table_and_nothing_else(runs):
@@ -248,7 +256,10 @@ def test_several_runs_and_tasks(runs):
     rows = NONLOCALITY.read("runs/toy/nonlocality.csv")
     measured = rows.groupby("run")["task"].unique().map(sorted)
     assert measured.to_dict() == {name: [INITIAL, 1, 2] for name in ("toy", "second", "toy-joint")}
-    assert "second: D_loc in patches, mean over heads and 2 images; incremental\n" in result.stdout
+    assert (
+        "second: D_loc in patches, mean over heads and 2 images, ± half a 95 % interval over images; incremental\n"
+        in result.stdout
+    )
     assert not Path("elsewhere/second/nonlocality.csv").exists()
 
 

@@ -42,9 +42,10 @@ def table(pairs=BOTH, layers=range(3), tasks=4, trainings=("incremental", "joint
                     for head in range(HEADS):
                         d = value(pair, training, layer, task, head)
                         run = pair if training == "incremental" else f"{pair}-{training}"
-                        row = (run, task, layer, head, pair, training, kind, 8, d, 0.2, UNIFORM, d / UNIFORM, 0.0)
+                        row = (run, task, layer, head, pair, training, kind, "grid", 8, d, 0.2, UNIFORM, d / UNIFORM)
                         rows.append(row)
-    return pd.DataFrame(rows, columns=list(NONLOCALITY.columns))
+    columns = list(NONLOCALITY.columns)
+    return pd.DataFrame(rows, columns=columns[: len(rows[0])]).reindex(columns=columns)
 
 
 def lines(axes) -> dict[str, tuple[list[float], list[float]]]:

@@ -58,7 +58,7 @@ def test_tables_need_pandas_alone(file):
 
 def test_measures_know_no_model_file_or_device():
     names = {name.split(".")[0] for name in imports(ROOT / "locality_probe/measures.py")}
-    assert names <= {"__future__", "functools", "torch"}
+    assert names <= {"__future__", "dataclasses", "functools", "math", "torch"}
 
 
 def test_top_level_of_the_command_line_is_light():

@@ -68,7 +68,8 @@ def test_same_run_on_several_processes(size, changes, toy, tmp_path):
     assert a.memory(1).equals(b.memory(1)) and len(a.memory(1)) <= run.memory
     for task in (0, 1):
         first, second = (load_file(directory.weights_path(task)) for directory in (a, b))
-        for name in first:
+        # Softmax cancels pos_bias: its gradient is rounding alone, and AdamW makes steps of it all the same.
+        for name in (name for name in first if not name.endswith("pos_bias")):
             # AdamW divides a gradient by its own size, so where it is nearly 0 rounding decides a step of up to lr = 2e-3.
             torch.testing.assert_close(first[name], second[name], rtol=1e-2, atol=1e-4, msg=name)
 

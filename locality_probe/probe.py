@@ -1,0 +1,215 @@
+"""Probe: an instrument that is put on any vision transformer and taken off again; and a log for training loops."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from locality_probe.measures import MEASURES, Geometry, Sums, check_measures
+from locality_probe.record import Layer, Maps, Recorded, watching
+from locality_probe.tables import HISTORY, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
+
+NO_PATCHES = "only class or task tokens are queries: there is no attention between patches"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a Probe has seen: `layers` in their order, `values` [images, H] float64 by measure, `parameters` [H] by name."""
+
+    layers: list[Layer]
+    values: list[dict[str, Tensor]]
+    parameters: list[dict[str, Tensor]]
+
+    def table(
+        self, run: str = "model", task: int = 0, pair: str | None = None, training: str = "model"
+    ) -> pd.DataFrame:
+        """A row a layer and head: the columns of locality_probe.tables.NONLOCALITY, which has their units."""
+        rows = []
+        for layer, values, parameters in zip(self.layers, self.values, self.parameters, strict=True):
+            means = {name: value.mean(0) for name, value in values.items()}
+            for head in range(layer.num_heads if values else 0):
+                of_head = {name: mean[head].item() for name, mean in means.items()}
+                d_loc = values["d_loc"][:, head]
+                rows.append(
+                    {name: float("nan") for name in NONLOCALITY.columns}
+                    | {"run": run, "task": task, "layer": layer.index, "head": head, "pair": pair or run,
+                       "training": training, "kind": layer.kind, "extent": layer.extent, "images": len(d_loc),
+                       "d_loc_sd": d_loc.std(correction=1).item() if len(d_loc) > 1 else 0.0,
+                       "d_uniform": layer.d_uniform, "d_ratio": of_head["d_loc"] / layer.d_uniform}
+                    | of_head
+                    | {name: values[head].item() for name, values in parameters.items()}
+                )  # fmt: skip
+        return NONLOCALITY.check(pd.DataFrame(rows, columns=list(NONLOCALITY.columns)))
+
+    def per_image(self, run: str = "model", task: int = 0, index: list[int] | None = None) -> pd.DataFrame:
+        """A row a layer, head and image: the columns of NONLOCALITY_IMAGES; index: of the images in their source."""
+        parts = [
+            pd.DataFrame(
+                {name: float("nan") for name in NONLOCALITY_IMAGES.columns}
+                | {"run": run, "task": task, "layer": layer.index, "head": head}
+                | {"image": range(len(values["d_loc"])) if index is None else index}
+                | {name: value[:, head].numpy() for name, value in values.items()}
+            )
+            for layer, values in zip(self.layers, self.values, strict=True)
+            for head in range(layer.num_heads if values else 0)
+        ]
+        empty = pd.DataFrame(columns=list(NONLOCALITY_IMAGES.columns))
+        return NONLOCALITY_IMAGES.check(pd.concat(parts, ignore_index=True) if parts else empty)
+
+    def layer_table(self, run: str = "model", task: int = 0) -> pd.DataFrame:
+        """A row an attention layer, measured or skipped with its reason: the columns of LAYERS."""
+        rows = [
+            {"run": run, "task": task, "layer": layer.index, "name": layer.name, "kind": layer.kind, "how": layer.how,
+             "num_heads": layer.num_heads, "grid_rows": layer.grid[0] if len(layer.grid) == 2 else 1,
+             "grid_columns": layer.grid[-1], "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens,
+             "status": layer.status, "reason": layer.reason}
+            for layer in self.layers
+        ]  # fmt: skip
+        return LAYERS.check(pd.DataFrame(rows, columns=list(LAYERS.columns)))
+
+
+class Probe:
+    """Measures the attention of every layer of `model` while it runs, as it is: fused, in its own precision, in eval mode.
+
+        with Probe(model) as probe:
+            for images, _ in loader:
+                probe.update(images)
+        table = probe.result().table()
+
+    grid: (rows, columns) of patches, or (N,) for a sequence of N, where the model does not tell; num_prefix_tokens:
+    tokens in front of them. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc is always there.
+    On leaving, also by an exception, the model is as it was: hooks, the training mode of each module, gradients.
+    Scores are float32 at least, whatever the model computes in; memory does not grow with layers, nor with N^2.
+
+    Raises ValueError for a model with compiled parts, and (in update) for one without attention or inputs of another size.
+    """
+
+    def __init__(
+        self, model: nn.Module, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None,
+        measures: tuple[str, ...] = MEASURES,
+    ):  # fmt: skip
+        self.model, self.grid, self.num_prefix_tokens = model, grid, num_prefix_tokens
+        self.measures = check_measures(tuple(dict.fromkeys(("d_loc", *measures))))
+        self._seen: list[list[Recorded]] = []
+        self._stack = contextlib.ExitStack()
+        self._watch = None
+
+    def __enter__(self) -> Probe:
+        watch = watching(self.model, self._read, self.grid, self.num_prefix_tokens)
+        self._watch = self._stack.enter_context(watch)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watch = None
+        self._stack.close()
+
+    def update(self, *inputs: object, **named: object) -> object:
+        """Run the model on a batch, [B, 3, H, W] or whatever it takes, and add what is seen. Returns the model's output."""
+        if self._watch is None:
+            raise ValueError("update a Probe inside `with Probe(model) as probe:`")
+        output = self._watch.forward(*inputs, **named)
+        found = self._watch.result()
+        if self._seen and [r.layer for r in found] != [r.layer for r in self._seen[0]]:
+            changed = next(
+                (a.layer for a, b in zip(found, self._seen[0], strict=False) if a.layer != b.layer), found[0].layer
+            )
+            raise ValueError(
+                f"layer {changed.index} ({changed.name}) is another than for the first images (grid {changed.grid}, "
+                f"{changed.status}); use a Probe for each image size"
+            )
+        self._seen.append(found)
+        return output
+
+    def _read(self, layer: Layer, maps: Maps) -> dict[str, Tensor]:
+        if not layer.between_patches:
+            return {}
+        geometry = Geometry(layer.grid, layer.num_prefix_tokens)
+        sums: list[Sums] = []
+
+        def add(attention: Tensor, images: slice, heads: slice, first: int) -> None:
+            if not sums:
+                sums.append(Sums(geometry, maps.shape[:2], attention, self.measures))
+            sums[0].add(attention, images, heads, first)
+
+        maps.visit(add)
+        # The windows of an image follow each other: an image is the mean of its windows.
+        return {name: v.unflatten(0, (self._watch.batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
+
+    def result(self) -> Measurement:
+        """Everything seen so far. Raises ValueError where that is nothing."""
+        if not self._seen:
+            raise ValueError("nothing was measured: call probe.update(images) first")
+        layers, values, parameters = [], [], []
+        for parts in zip(*self._seen, strict=True):
+            layer = parts[0].layer
+            if layer.status == "ok" and not layer.between_patches:
+                layer = layer.skipped(NO_PATCHES)
+            layers.append(layer)
+            values.append({name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values})
+            parameters.append(locality_parameters(self.model, layer) if values[-1] else {})
+        return Measurement(layers, values, parameters)
+
+
+@torch.no_grad()
+def locality_parameters(model: nn.Module, layer: Layer) -> dict[str, Tensor]:
+    """What a local layer has learned about its locality, each [H], where it has it.
+
+    gate: share of positional attention in GPSA, sigmoid of its parameter (ConViT, eq. 7), 0 to 1; content_scale: LPA's
+    lambda (arXiv 2304.06971, eq. 3).
+    """
+    module = getattr(model, "_orig_mod", model).get_submodule(layer.name)
+    gate = getattr(module, "gate", getattr(module, "gating_param", None))
+    found = {"gate": None if gate is None else gate.sigmoid(), "content_scale": getattr(module, "content_scale", None)}
+    fitting = {name: v for name, v in found.items() if isinstance(v, Tensor) and v.numel() == layer.num_heads}
+    return {name: v.detach().double().flatten().cpu() for name, v in fitting.items()}
+
+
+class LocalityLog:
+    """D_loc of each layer while a model trains, for any loop: `log(model, epoch)` after each epoch.
+
+        log = LocalityLog("locality.csv", images)          # a fixed batch [B, 3, H, W], as the model takes it
+        for epoch in range(epochs):
+            train(...)
+            log(model, epoch)
+
+    Each call renews the CSV (columns: locality_probe.tables.HISTORY); a log that is made again with the same file goes on
+    with it, and epochs that are trained again replace their rows. tensorboard: a folder for the same as scalars.
+    """
+
+    def __init__(
+        self, path: str | Path, images: Tensor, grid: tuple[int, ...] | None = None,
+        num_prefix_tokens: int | None = None, tensorboard: str | Path | None = None, batch_size: int = 32,
+    ):  # fmt: skip
+        self.path, self.images, self.batch_size = Path(path), images, batch_size
+        self.grid, self.num_prefix_tokens, self.writer = grid, num_prefix_tokens, None
+        self.history = HISTORY.read(path) if self.path.exists() else None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(f"tensorboard={tensorboard!r} needs the package tensorboard: install it") from None
+            self.writer = SummaryWriter(str(tensorboard))
+
+    def __call__(self, model: nn.Module, epoch: int) -> pd.DataFrame:
+        """Measure, write, and return the rows of this epoch."""
+        with Probe(model, self.grid, self.num_prefix_tokens, ("d_loc", "prefix_mass")) as probe:
+            for batch in self.images.split(self.batch_size):
+                probe.update(batch)
+        measurement = probe.result()
+        heads = measurement.table().groupby("layer", as_index=False)
+        rows = heads[["d_loc", "d_uniform", "d_ratio", "prefix_mass"]].mean()
+        rows["name"] = [measurement.layers[index].name for index in rows["layer"]]
+        rows["epoch"] = epoch
+        earlier = [] if self.history is None else [self.history[self.history["epoch"] < epoch]]
+        self.history = pd.concat([*earlier, rows], ignore_index=True)
+        HISTORY.write(self.history, self.path)
+        if self.writer is not None:
+            for row in rows.itertuples():
+                self.writer.add_scalar(f"d_loc/layer_{row.layer:02d}", row.d_loc, epoch)
+            self.writer.flush()
+        return HISTORY.check(rows)

@@ -1,14 +1,17 @@
-"""Weights under other names: what the trainers of LPA, DyTox and ConViT-like baselines save, read into our network."""
+"""Weights under other names: what the trainers of LPA, DyTox and ConViT save, read into our network or timm's ConViT."""
 
 from __future__ import annotations
 
+import argparse
+import pathlib
 import pickle
 import re
 import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from timm.models.convit import ConVit
+from torch import Tensor, nn
 
 from cil.checkpoint import load_weights
 from cil.models import IncrementalViT
@@ -31,6 +34,9 @@ NAMES = [
 ]
 
 
+HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+
+
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Released names and layouts -> ours. LPA's fourth positional column is lambda: its own parameter here."""
     renamed = {}
@@ -46,22 +52,44 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def read(state: dict[str, Tensor], source: Path) -> IncrementalViT:
-    """The network that released weights belong to, in eval mode; its architecture is told from names and shapes.
+def read(state: dict[str, Tensor], source: Path) -> tuple[nn.Module, tuple[int, int]]:
+    """The network that released weights belong to, in eval mode, and the height and width of its images.
 
-    Heads come from the positional weights, so at least one block must be GPSA or LPA; the image is taken as square.
-    Raises ValueError when the names are not those of these trainers.
+    Its architecture is told from names and shapes: heads from the positional weights, so at least one block must be GPSA
+    or LPA; the image is taken as square. Raises ValueError when the names are not those of these trainers.
     """
     try:
-        state = rename(state)
-        run, side, heads = _architecture(state)
+        state = {re.sub(r"^module\.", "", name): tensor for name, tensor in state.items()}
+        if "head.weight" in state and "blocks.0.attn.gating_param" in state:
+            model, side = _convit(state)
+        else:
+            state = rename(state)
+            run, side, heads = _architecture(state)
+            model = IncrementalViT(run, (side, side))
+            for num_classes in heads:
+                model.grow(num_classes, divergence="div_head.fc.bias" in state)
     except (LookupError, ValueError):
-        raise ValueError(f"{source} does not hold the weights of an LPA, DyTox or baseline network") from None
-    model = IncrementalViT(run, (side, side))
-    for num_classes in heads:
-        model.grow(num_classes, divergence="div_head.fc.bias" in state)
+        raise ValueError(
+            f"{source} does not hold the weights of an LPA, DyTox or ConViT network; those of another model go with "
+            "--model, as in --model timm/NAME --weights FILE"
+        ) from None
     load_weights(model, state, source)
-    return model.eval()
+    return model.eval(), (side, side)
+
+
+def _convit(state: dict[str, Tensor]) -> tuple[nn.Module, int]:
+    """timm's network for weights of ConViT's trainer, and the side of its images. Raises LookupError for other weights."""
+    dim, _, _, patch = state["patch_embed.proj.weight"].shape
+    gates = [name for name in state if name.endswith(".attn.gating_param")]
+    heads = len(state[gates[0]])
+    side = patch * round(state["pos_embed"].shape[1] ** 0.5)
+    model = ConVit(
+        img_size=side, patch_size=patch, num_classes=len(state["head.weight"]), embed_dim=dim // heads,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_heads=heads, mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        qkv_bias="blocks.0.attn.v.bias" in state, local_up_to_layer=len(gates),
+    )  # fmt: skip
+    return model, side
 
 
 def _architecture(state: dict[str, Tensor]) -> tuple[Run, int, list[int]]:
@@ -84,11 +112,13 @@ def _architecture(state: dict[str, Tensor]) -> tuple[Run, int, list[int]]:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """The state dict in a .pth file, without unpickling objects; under `model` or `state_dict` if it is nested.
 
+    Trainers of this family save their arguments beside it: a Namespace and paths, which hold values and run nothing.
+
     Raises ValueError for a file that is truncated, something else, or holds more than weights.
     """
     try:
-        with warnings.catch_warnings():  # of what it cannot read, which it then says again
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+            warnings.simplefilter("ignore")  # of what it cannot read, which it then says again
             content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"no weights file {path}") from None
@@ -100,7 +130,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception:  # torch raises a different class for each way in which a file is torn
         raise ValueError(f"{path} is truncated or no .pth file") from None
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())

@@ -44,6 +44,14 @@ def typed(call: Callable, *args: object) -> object:
         raise click.UsageError(str(error)) from None
 
 
+def parse_grid(text: str) -> tuple[int, int]:
+    """ROWS,COLUMNS. Raises ValueError for anything else."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--grid {text!r} is not ROWS,COLUMNS in patches, like 14,14")
+    return int(parts[0]), int(parts[1])
+
+
 def check_folder(path: Path) -> None:
     """Raises ValueError where no folder `path` can be: ask before long work."""
     import os
@@ -184,9 +192,11 @@ def recipes(text) -> None:
 
 @main.command()
 @click.argument("ckpts", nargs=-1, metavar="[CKPT_DIR|WEIGHTS]...")
-@click.option("--model", metavar="timm/NAME", help="Measure a timm model instead.")
+@click.option("--model", metavar="LIBRARY/NAME", help="Measure timm/NAME, torchvision/NAME or hf/FOLDER instead.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
-@click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from timm's hub.")
+@click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from its hub.")
+@click.option("--grid", metavar="ROWS,COLUMNS", help="Grid of patches of --model, where it does not tell.")
+@click.option("--prefix", type=click.IntRange(0), help="Class and register tokens of --model, where it does not tell.")
 @click.option("--images", help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, imagenet100, "
               "folder:PATH, or photos (two).  [default: dataset, the run's own test images; photos for --model]")  # fmt: skip
 @click.option("--n", type=click.IntRange(1), help="Number of images.  [default: 256, or all of a smaller set]")
@@ -200,7 +210,9 @@ def recipes(text) -> None:
     "--json", "as_json", is_flag=True, help="Print the rows of nonlocality.csv as one JSON list, nothing else."
 )
 @device_option
-def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir, out, as_json, device) -> None:
+def measure(
+    ckpts, model, weights, pretrained, grid, prefix, images, n, seed, tasks, data_dir, out, as_json, device
+) -> None:
     """Nonlocality D_loc of every task, layer and head of runs, with the joint twin beside each if it is there.
 
     Writes nonlocality.csv, 95 % intervals over images and, for several runs, over seeds (intervals.csv), per-image values
@@ -208,8 +220,9 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
     """
     if bool(ckpts) == bool(model):
         raise click.UsageError("give run directories or weights files, or --model timm/NAME")
-    if (weights or pretrained) and not model:
-        raise click.UsageError("--weights and --pretrained go with --model")
+    if (weights or pretrained or grid or prefix is not None) and not model:
+        raise click.UsageError("--weights, --pretrained, --grid and --prefix go with --model")
+    grid = None if grid is None else typed(parse_grid, grid)
     if tasks and all(Path(c).is_file() for c in ckpts):
         raise click.UsageError("--task goes with run directories")
     from locality_probe import survey
@@ -217,7 +230,8 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
     from locality_probe.progress import counter
 
     plan = make_plan(
-        list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir, warn=lambda s: click.echo(s, err=True)
+        list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir,
+        warn=lambda s: click.echo(s, err=True), grid=grid, num_prefix_tokens=prefix,
     )  # fmt: skip
     out, device = out or plan.out, resolve_device(device)
     typed(check_folder, out)
@@ -231,6 +245,44 @@ def measure(ckpts, model, weights, pretrained, images, n, seed, tasks, data_dir,
     for row in result.layers[result.layers["status"] != "ok"].drop_duplicates(["name", "reason"]).itertuples():
         click.echo(f"skipped layer {row.layer} ({row.name}, {row.kind}): {row.reason}")
     click.echo(f"wrote {', '.join(map(str, paths))}")
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--grid", metavar="ROWS,COLUMNS", help="Its grid of patches, where the model does not tell.")
+@click.option("--prefix", type=click.IntRange(0), help="Its class and register tokens, where the model does not tell.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of MODEL (.safetensors or .pth).")
+@click.option("--pretrained", is_flag=True, help="Fetch the weights of MODEL from its hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of layers, nothing else.")
+@click.option(
+    "--families", is_flag=True, help="Instead, the table of docs/support.md: a member of each family; 2 minutes."
+)
+def doctor(model, grid, prefix, weights, pretrained, as_json, families) -> None:
+    """What can be measured of MODEL: each attention layer, its grid and tokens, how it is seen, or why it is skipped.
+
+    MODEL: a run directory, a weights file, timm/NAME, torchvision/NAME or hf/FOLDER. Exit code 1 where no layer can be.
+    """
+    if bool(model) == families:
+        raise click.UsageError("give a MODEL, like runs/demo/demo-baseline or timm/vit_tiny_patch16_224, or --families")
+    grid = None if grid is None else typed(parse_grid, grid)
+    import dataclasses
+    import json
+
+    from locality_probe import doctor as doctors
+    from locality_probe.progress import counter
+
+    if families:
+        with counter(doctors.FAMILIES, "families") as report:
+            click.echo(doctors.support_matrix(report), nl=False)
+        return
+    subject = doctors.find(model, weights, pretrained)
+    layers = doctors.examine_subject(subject, grid, prefix)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1))
+    else:
+        click.echo(f"{subject.run}\n{doctors.format_layers(layers)}")
+    if all(layer.status != "ok" for layer in layers):
+        raise SystemExit(1)
 
 
 @main.command()
@@ -294,9 +346,9 @@ def compare(first, second, more, images, n, seed, tasks, data_dir, out, as_json,
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--ckpt", "ckpts", multiple=True, metavar="RUN_DIR[:TASK]", help="TASK: a number, init or all; repeatable.  "
               "[default: the newest run under runs/]")  # fmt: skip
-@click.option("--model", metavar="timm/NAME", help="Look through a timm model instead.")
+@click.option("--model", metavar="LIBRARY/NAME", help="Look through timm/NAME, torchvision/NAME or hf/FOLDER instead.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
-@click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from timm's hub.")
+@click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from its hub.")
 @click.option("--layer", default="all", show_default=True, help="Number from 0, or all.")
 @click.option("--head", default="mean", show_default=True, help="Number from 0, mean or all.")
 @click.option("--query", default="mean", show_default=True, help="mean, cls, or a patch as ROW,COLUMN from 0.")

@@ -232,7 +232,6 @@ NOT_BETWEEN_PATCHES = {  # by what is in the name of the class, where no shape c
     "covariance": "it attends between channels",
     "channel": "it attends between channels",
     "maskunit": "its tokens are ordered by mask units, not by rows of the grid",
-    "attentionglobal": "its queries are of the whole image, its keys of a window",
 }
 ASKED_AFTER = {
     "GPSA": "get_attention"
@@ -316,9 +315,11 @@ class Watch(TorchFunctionMode):
         if not self.running or not self.silent.isdisjoint(self.running):  # layers that are asked need no watching
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            scores = Scores(*args, **kwargs)
+            given = inspect.signature(Scores).bind(*args, **kwargs).arguments
+            tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+            scores = Scores(**given | {name: self._batched(x) for name, x in tensors.items()})
             self._see_unasked(self.running[-1], scores, "fused")
-            return func(*args, **kwargs) if scores.out is None else scores.out
+            return func(*args, **kwargs) if scores.out is None else scores.out.reshape(*given["query"].shape[:-1], -1)
         result = func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             self._see_multihead(func, inspect.signature(func).bind(*args, **kwargs).arguments)
@@ -335,7 +336,8 @@ class Watch(TorchFunctionMode):
         for place, (attention, owner) in enumerate(self.softmaxed):
             if _multiplies(func, args, kwargs, attention):
                 del self.softmaxed[place]
-                self._see_unasked(owner, Maps(lambda rows, a=attention: _wide(a[rows]), attention.shape), "written out")
+                a = self._batched(attention) if owner is self.running[-1] else attention
+                self._see_unasked(owner, Maps(lambda rows, a=a: _wide(a[rows]), a.shape), "written out")
                 return
 
     def _see_multihead(self, func, given: dict) -> None:
@@ -359,19 +361,21 @@ class Watch(TorchFunctionMode):
     def _see_unasked(self, module: nn.Module, maps: Maps, how: str) -> None:
         """Attention that the model computed: of all tokens of an image, or of some, or not of tokens at all."""
         other = next((why for word, why in NOT_BETWEEN_PATCHES.items() if word in type(module).__name__.lower()), None)
-        heads = getattr(module, "num_heads", None)
-        if len(maps.shape) == 3 and isinstance(heads, int) and maps.shape[0] % heads == 0 and how == "written out":
-            whole, part = maps.shape, maps.part  # [B * H, Q, K]
-            maps = Maps(
-                lambda rows: part(slice(rows.start * heads, rows.stop * heads)).unflatten(0, (-1, heads)),
-                (whole[0] // heads, heads, *whole[1:]),
-            )
+        if getattr(module, "use_global", False):  # GC-ViT
+            other = "its queries are of the whole image, its keys of a window"
         if len(maps.shape) != 4:
             self._skip(module, f"its attention {list(maps.shape)} is not [B, H, Q, K]")
         elif other:
             self._skip(module, other)
         else:
             self._see(module, maps, how)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """What the module that is running has as [B * H, ...] (SAM, BoTNet) or [B, windows, H, ...] (Twins) -> [B, H, ...]"""
+        heads = getattr(self.running[-1], "num_heads", None)
+        if x.ndim == 3 and isinstance(heads, int) and len(x) % heads == 0:
+            return x.unflatten(0, (-1, heads))
+        return x.flatten(0, 1) if x.ndim == 5 and getattr(self.running[-1], "ws", None) else x
 
     def _see(self, module: nn.Module, maps: Maps, how: str, place: tuple | None = None) -> None:
         batch, heads, queries, keys = maps.shape
@@ -395,9 +399,11 @@ class Watch(TorchFunctionMode):
     def _place(self, batch: int, queries: int, keys: int) -> tuple[tuple[int, ...], int, str] | str:
         """(grid, prefix tokens, extent) of a layer that does not say so itself, or why that cannot be told."""
         if batch != self.batch:
-            window = self._window() if batch % self.batch == 0 else None
-            if window and queries == keys == math.prod(window):
+            window = self._window() if batch % self.batch == 0 and queries == keys else None
+            if isinstance(window, tuple) and keys == math.prod(window):
                 return window, 0, "window"
+            if isinstance(window, str):
+                return window
             return f"it attends within parts of an image: {batch} of {self.batch} images"
         declared = self.num_prefix_tokens
         if declared is None:
@@ -419,6 +425,11 @@ class Watch(TorchFunctionMode):
         if allowed:
             prefix, grid = min(allowed, key=lambda found: found[0])
             return grid, prefix, "grid"
+        window = self._window()
+        if isinstance(window, tuple) and queries == keys == math.prod(
+            window
+        ):  # one window, of an image that is padded to it
+            return window, 0, "window"
         if whole:
             return _misfit(keys, whole, declared or 0)
         return (
@@ -437,11 +448,11 @@ class Watch(TorchFunctionMode):
         patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         return tuple(side // p for side, p in zip(size, patch, strict=True))
 
-    def _window(self) -> tuple[int, int] | None:
-        """The window of the layer that is running, by the names that Swin, Twins and MaxViT have for it."""
+    def _window(self) -> tuple[int, int] | str | None:
+        """The window of the layer that is running, by the names that Swin, Twins and MaxViT have for it, or why it is none."""
         for module in reversed(self.running[-3:]):
-            if getattr(module, "partition_block", True) is False:
-                return None  # MaxViT's grid attention: every so many patches, not neighbours
+            if getattr(module, "partition_block", True) is False:  # MaxViT's grid attention
+                return "it attends among every so many patches, which are no neighbours"
             for name in ("window_size", "ws", "partition_size"):
                 size = getattr(module, name, None)
                 if isinstance(size, int) and size > 0:
@@ -547,4 +558,4 @@ def _multiplies(func, args: tuple, kwargs: dict, attention: Tensor) -> bool:
 
 def _looks_like_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    return isinstance(module, AttentionLayer) or "attention" in name or name.endswith("attn")
+    return isinstance(module, AttentionLayer) or any(word in name for word in ("attention", "attn", "litemla"))

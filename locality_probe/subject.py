@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,11 +61,7 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
     models.check_timm(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            model = timm.create_model(name, pretrained=pretrained)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"timm cannot make {name}: {reason}") from None
+        model = fetched(name, lambda: timm.create_model(name, pretrained=pretrained))
     if weights is not None:
         checkpoint.load_weights(model, read_weights(weights), weights)
     config = timm.data.resolve_model_data_config(model)
@@ -82,21 +80,92 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
     return Subject(name, name, "model", 0, model.eval(), cut, config["mean"], config["std"])
 
 
+def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
+    """A torchvision model with the transforms of its default weights; from a file, from the hub, or untrained by `seed`.
+
+    Raises ValueError for a name that torchvision does not know and weights that do not fit.
+    """
+    from torchvision.models import get_model, get_model_weights, list_models
+    from torchvision.transforms import functional
+
+    if name not in list_models():
+        near = difflib.get_close_matches(name, list_models(), n=3)
+        raise ValueError(f"torchvision has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None))
+    if weights is not None:
+        checkpoint.load_weights(model, read_weights(weights), weights)
+    preset = get_model_weights(name).DEFAULT.transforms()
+
+    def crop(image: Image.Image) -> Image.Image:
+        resized = functional.resize(image, preset.resize_size, preset.interpolation)
+        return functional.center_crop(resized, preset.crop_size)
+
+    return Subject(name, name, "model", 0, model.eval(), crop, tuple(preset.mean), tuple(preset.std))
+
+
+def from_hf(place: str, pretrained: bool = False) -> Subject:
+    """A HuggingFace vision model: a folder that save_pretrained wrote, or with `pretrained` a name on the hub.
+
+    CLIP and SigLIP are their vision towers. Only safetensors are read, and no code that comes with a model. Images are
+    scaled to config.image_size and normalised as preprocessor_config.json says, or else with ImageNet's mean and std.
+    Raises ValueError where transformers is not installed, and for a folder without such a model.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("hf/... needs the package transformers: pip install 'locality-probe[hf]'") from None
+    folder = Path(place)
+    if not pretrained and not (folder / "config.json").is_file():
+        raise ValueError(f"{place} is no folder with a config.json; --pretrained fetches hf/{place} from the hub")
+    transformers.utils.logging.set_verbosity_error()
+    model = fetched(
+        place, lambda: transformers.AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+    )
+    model = getattr(model, "vision_model", model).eval()
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"{place} takes {model.main_input_name}, not images: measure it in Python, Probe(model, grid=(N,))"
+        )
+    size, described = model.config.image_size, folder / "preprocessor_config.json"
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    given = json.loads(described.read_text()) if described.is_file() else {}
+    mean, std = given.get("image_mean", data.IMAGENET_MEAN), given.get("image_std", data.IMAGENET_STD)
+    name = folder.resolve().name if folder.is_dir() else place
+    return Subject(name, name, "model", 0, model, lambda image: data.cover(image, size), tuple(mean), tuple(std))
+
+
+def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """make(), where a model that cannot be fetched or read is a ValueError of one sentence."""
+    try:
+        return make()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} cannot be made: {reason}") from None
+
+
 def from_model_option(option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None]) -> Subject:
-    """The command line's --model timm/NAME. Raises ValueError for another library."""
+    """The command line's --model LIBRARY/NAME. Raises ValueError for another library."""
     library, _, name = option.partition("/")
-    if library != "timm" or not name:
-        raise ValueError(f"--model {option!r} is not of the form timm/NAME, like timm/vit_small_patch16_224")
-    subject = from_timm(name, weights, pretrained)
+    if library == "hf" and name and weights is None:
+        return from_hf(name, pretrained)
+    if library == "hf" and name:
+        raise ValueError("hf/FOLDER brings its own weights: leave --weights away")
+    if library not in ("timm", "torchvision") or not name:
+        raise ValueError(
+            f"--model {option!r} is not of the form timm/NAME, torchvision/NAME or hf/FOLDER, like timm/vit_small_patch16_224"
+        )
+    subject = (from_timm if library == "timm" else from_torchvision)(name, weights, pretrained)
     if weights is None and not pretrained:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
     return subject
 
 
 def from_file(path: Path) -> Subject:
-    """A weights file: one of our runs' by the run.json beside it, else by the names of the LPA and DyTox releases.
+    """A weights file: one of our runs' by the run.json beside it, else by the names of the LPA, DyTox and ConViT releases.
 
-    Those train on CIFAR-100, or at 224 pixels on ImageNet-100, and images are taken as they do there.
+    Those train on CIFAR-100, or at 224 pixels on ImageNet, and images are taken as they do there.
     """
     if not path.is_file():
         raise ValueError(f"no weights file {path}")
@@ -106,14 +175,12 @@ def from_file(path: Path) -> Subject:
             if directory.weights_path(task).name == path.name:
                 return from_run(directory, task)
         raise ValueError(f"{path} is none of the run's tasks {directory.tasks}")
-    model = foreign.read(read_weights(path), path)
-    size = tuple(g * p for g, p in zip(model.grid, model.patch_embed.patch_size, strict=True))
+    model, size = foreign.read(read_weights(path), path)
     mean, std, crop = data.CIFAR100_MEAN, data.CIFAR100_STD, data.cover
     if size == (224, 224):
         mean, std, crop = data.IMAGENET_MEAN, data.IMAGENET_STD, data.centre_crop
-    return Subject(
-        path.stem, path.stem, "model", len(model.heads) - 1, model, lambda image: crop(image, size), mean, std
-    )
+    task = len(getattr(model, "heads", [None])) - 1
+    return Subject(path.stem, path.stem, "model", task, model, lambda image: crop(image, size), mean, std)
 
 
 def is_task_of_run(path: Path) -> bool:

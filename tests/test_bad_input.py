@@ -92,7 +92,7 @@ def arrays(shape=(4, 3, 8, 8), dtype=np.float32):
         ("measure runs/toy --images cifar100 --data nowhere", 1, ["nowhere", "cifar-100-python", "--data"]),
         ("measure --model timm/vit_tny_patch16_224", 1, ["vit_tny_patch16_224", "vit_tiny_patch16_224"]),
         ("measure --model timm/", 1, ["timm/", "timm/NAME"]),
-        ("measure --model torchvision/vit_b_16", 1, "torchvision/vit_b_16"),
+        ("measure --model keras/vit_b_16", 1, "keras/vit_b_16"),
         ("measure --model timm/test_vit.nobodys_tag", 1, "nobodys_tag"),
         ("measure --model timm/test_resnet", 1, ["test_resnet", "no attention"]),
         ("measure --model timm/test_vit --weights nowhere.pth", 1, "nowhere.pth"),

@@ -52,7 +52,7 @@ def test_local_initialisation(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_model_under_released_names(name):
     z = golden(name)
-    model = foreign.read({k[2:]: v for k, v in z.items() if k.startswith("w.")}, GOLDEN / name)
+    model, _ = foreign.read({k[2:]: v for k, v in z.items() if k.startswith("w.")}, GOLDEN / name)
     with torch.no_grad():
         features = model.forward_features(z["x"])
     torch.testing.assert_close(features, z["features"], atol=1e-5, rtol=0)

@@ -128,7 +128,7 @@ def test_a_users_own_fused_call_is_replaced_by_the_same(case, monkeypatch):
 def test_released_networks(file):
     """Nonlocality [layers, H] that the released implementation computes, over the layers between patches."""
     stored = golden(f"model_{file}")
-    model = read({name[2:]: value for name, value in stored.items() if name.startswith("w.")}, file)
+    model, _ = read({name[2:]: value for name, value in stored.items() if name.startswith("w.")}, file)
     found = probed(model, stored["x"])
     between = [values["d_loc"].mean(0) for values in found.values if values]
     expected = stored["nonlocality"].double()

@@ -638,8 +638,12 @@ OTHERS = {
     ),
     "local groups": (
         small("twins_svt_small", embed_dims=(16,) * 4, depths=(2, 1, 1, 1), **HEADS), 112, (4, 4), 0,
-        [("LocallyGroupedAttn", "its attention [2, 16, 2, 49, 49]"), ("GlobalSubSampleAttn", "its 784 queries")]
-        + [("LocallyGroupedAttn", "its attention")] * 3,
+        [("LocallyGroupedAttn", "window of 16"), ("GlobalSubSampleAttn", "its 784 queries"),
+         ("LocallyGroupedAttn", "window"), ("LocallyGroupedAttn", "its 49 keys"), ("LocallyGroupedAttn", "its 49 keys")],
+    ),
+    "heads among the images": (
+        small("samvit_base_patch16_224", img_size=128, embed_dim=16, depth=2, num_heads=2, window_size=4,
+              global_attn_indexes=(1,)), 128, (8, 8), 0, [("Attention", "window"), ("Attention", "ok")],
     ),
     "one map for all channels": (
         small("mobilevitv2_050"), 64, (4, 4), 0, [("LinearSelfAttention", "")] * 9,
@@ -664,10 +668,11 @@ def test_every_layer_is_ok_or_says_why_not(case, fused):
     assert [item.layer.index for item in recorded] == list(range(len(expected)))
     for item, (_, outcome) in zip(recorded, expected, strict=True):
         layer = item.layer
-        if outcome in ("ok", "window"):
+        if outcome == "ok" or outcome.startswith("window"):
             assert (layer.status, layer.reason) == ("ok", "")
-            assert layer.extent == ("window" if outcome == "window" else "grid")
-            maps_of_images = 8 if outcome == "window" else 2
+            assert layer.extent == ("grid" if outcome == "ok" else "window")
+            windows = {"ok": 1, "window": 4}.get(outcome) or int(outcome.split()[-1])
+            maps_of_images = 2 * windows
             assert item.values["map"].shape == (maps_of_images, layer.num_heads, layer.queries, layer.keys)
             assert layer.between_patches == (layer.kind != "ClassAttn")
         else:

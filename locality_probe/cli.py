@@ -343,6 +343,40 @@ def compare(first, second, more, images, n, seed, tasks, data_dir, out, as_json,
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN_DIR...")
+@click.option("--n", type=click.IntRange(1), help="Number of test images.  [default: all]")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the images.")
+@click.option("--task", "tasks", type=int, multiple=True, help="Only this task; repeatable.")
+@click.option("--data", "data_dir", help="Where cifar100 or imagenet100 lies.  [default: where the run found it]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for tables and figure.  [default: the first RUN_DIR]"
+)
+@device_option
+def spectrum(runs, n, seed, tasks, data_dir, out, device) -> None:
+    """Eigenvalues of the covariance of features, of seen, new and future classes, at each task; joint twins beside them.
+
+    Features are the mean patch token after each block and the token that the newest head is fed. Writes spectrum.parquet,
+    spectrum_summary.csv (effective rank, participation ratio, RankMe, slope, ...), spectrum_measurement.json, spectrum.png.
+    """
+    from figures import spectra as figure
+    from figures import style
+    from locality_probe import spectra
+    from locality_probe.plan import runs_of
+    from locality_probe.progress import counter
+
+    directories = runs_of(list(runs), list(tasks), warn=lambda s: click.echo(s, err=True))
+    out, device = out or directories[0].path, resolve_device(device)
+    typed(check_folder, out)
+    with counter(sum(1 + len(d.tasks) for d in directories), "networks measured") as report:
+        found = spectra.spectra(
+            directories, list(tasks), n, seed, data_dir, device, report, warn=lambda s: click.echo(s, err=True)
+        )
+    paths = [*found.write(out), style.save(figure.draw(found.spectrum), out / "spectrum.png")]
+    click.echo(spectra.format_table(found.summary))
+    click.echo(f"wrote {', '.join(map(str, paths))}")
+
+
+@main.command()
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--ckpt", "ckpts", multiple=True, metavar="RUN_DIR[:TASK]", help="TASK: a number, init or all; repeatable.  "
               "[default: the newest run under runs/]")  # fmt: skip

@@ -95,6 +95,19 @@ def with_twins(directories: list[RunDir], warn: Callable[[str], None] = lambda s
     return [d if d.run.training == "incremental" else paired(d) for d in found.values()]
 
 
+def runs_of(paths: list[str], tasks: list[int], warn: Callable[[str], None]) -> list[RunDir]:
+    """Run directories and the joint twins that are there. Raises ValueError for none, two of a name, or a missing task."""
+    given = [checkpoint.open_run(path) for path in paths]
+    for directory in given:
+        missing = set(tasks) - set(directory.tasks)
+        if not directory.tasks or missing:
+            what = f"no task {min(missing)} in" if directory.tasks else "no finished task in"
+            raise ValueError(f"{what} {directory.path}; there: {', '.join(map(str, directory.tasks)) or 'none'}")
+    directories = [d for d in with_twins(given, warn) if d.tasks]
+    _refuse_equal_names([(d.name, d.path) for d in directories])
+    return directories
+
+
 def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> list[Callable[[], Subject]]:
     """What to measure of runs, each loaded when called: as initialised, then every finished task, or those in `tasks`.
 

@@ -197,19 +197,27 @@ def watching(model: nn.Module, read: Reader, grid=None, num_prefix_tokens=None) 
     """A Watch on `model`, which is in eval mode meanwhile; it comes back as it was, also after an exception."""
     model = plain(model)
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
-    modes = {module: module.training for module in model.modules()}  # frozen parts differ from their parents
     watch = Watch(model, read, grid, num_prefix_tokens)
     try:
         for module in compiled:  # model.compile(): the same module, run as it is written
             module._compiled_call_impl = None
-        model.eval()
-        with watch.hooked():
+        with evaluating(model), watch.hooked():
             yield watch
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; each module's own training mode comes back, for frozen parts differ from their parents."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -97,6 +97,53 @@ COMPARISON = Table(
     },
 )
 
+_FEATURES = {
+    "run": _MODEL["run"],
+    "task": _MODEL["task"],
+    "layer": (
+        "str",
+        "block 0 ...: mean patch token after it | token: what the newest head is fed | tokens: all of them",
+    ),
+    "group": (
+        "str",
+        "whose images: all | seen (classes of tasks 0 to `task`) | new (of `task`) | future (of later ones)",
+    ),
+}
+
+SPECTRUM = Table(
+    "spectrum",
+    keys=_FEATURES | {"rank": ("int64", "from 0, the largest eigenvalue first")},
+    values={
+        "eigenvalue": (
+            "float64",
+            "of the centred covariance of the features, over n - 1; grows with their norm squared",
+        ),
+        "eigenvalue_normalised": ("float64", "over their sum, 0 to 1"),
+    },
+)
+
+SPECTRUM_SUMMARY = Table(
+    "spectrum_summary",
+    keys=_FEATURES,
+    values={
+        "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
+        "training": ("str", "incremental | joint | joint-terminal"),
+        "images": ("int64", "images of the group"),
+        "dimension": ("int64", "of the features"),
+        "trace": ("float64", "sum of the eigenvalues"),
+        "effective_rank": ("float64", "exp of the entropy of the normalised eigenvalues, 1 to dimension"),
+        "participation_ratio": ("float64", "(sum l)^2 / sum l^2, 1 to dimension"),
+        "spectral_ratio": ("float64", "sum l / largest l, 1 to dimension"),
+        "rankme": ("float64", "exp of the entropy of the normalised singular values of uncentred features"),
+        "slope": ("float64", "of log eigenvalue against log rank in the window"),
+        "slope_first_rank": ("int64", "start of the window, counted from 1"),
+        "slope_last_rank": ("int64", "its end, included"),
+        "mp_edge": ("float64", "largest eigenvalue of as many isotropic features of this trace (Marchenko-Pastur)"),
+        "above_edge": ("int64", "eigenvalues above it"),
+        "reliable": ("str", "true | false: fewer than 10 images a dimension"),
+    },
+)
+
 HISTORY = Table(
     "history",
     keys={

@@ -377,6 +377,41 @@ def spectrum(runs, n, seed, tasks, data_dir, out, device) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN_DIR...")
+@click.option("--per-class", type=click.IntRange(2), default=50, show_default=True, help="Training images of a class.")
+@click.option("--test-per-class", type=click.IntRange(2), default=20, show_default=True, help="Test images of a class.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the images.")
+@click.option("--task", "tasks", type=int, multiple=True, help="Only this task; repeatable.")
+@click.option("--data", "data_dir", help="Where cifar100 or imagenet100 lies.  [default: where the run found it]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for tables and figure.  [default: the first RUN_DIR]"
+)
+@device_option
+def transfer(runs, per_class, test_per_class, seed, tasks, data_dir, out, device) -> None:
+    """How well each layer serves seen and future classes: kNN and a linear probe after each task; CKA; and locality.
+
+    Joint twins are measured beside their runs. Controls: the network as initialised, shuffled labels. Writes transfer.csv,
+    cka.csv (to the twin and to task 0), transfer_locality.csv (rank correlation with D_loc over layers), transfer.png.
+    """
+    from figures import style
+    from figures import transfer as figure
+    from locality_probe import transfer as transfers
+    from locality_probe.plan import runs_of
+    from locality_probe.progress import counter
+
+    directories = runs_of(list(runs), list(tasks), warn=lambda s: click.echo(s, err=True))
+    out, device = out or directories[0].path, resolve_device(device)
+    typed(check_folder, out)
+    with counter(sum(1 + len(tasks or d.tasks) for d in directories), "networks measured") as report:
+        found = transfers.transfer(directories, list(tasks), per_class, test_per_class, seed, data_dir, device, report)
+    paths = found.write(out)
+    if (found.transfer["group"] == "future").any():
+        paths.append(style.save(figure.draw(found.transfer, found.nonlocality), out / "transfer.png"))
+    click.echo(transfers.format_tables(found))
+    click.echo(f"wrote {', '.join(map(str, paths))}")
+
+
+@main.command()
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--ckpt", "ckpts", multiple=True, metavar="RUN_DIR[:TASK]", help="TASK: a number, init or all; repeatable.  "
               "[default: the newest run under runs/]")  # fmt: skip

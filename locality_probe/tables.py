@@ -144,6 +144,59 @@ SPECTRUM_SUMMARY = Table(
     },
 )
 
+TRANSFER = Table(
+    "transfer",
+    keys={key: _FEATURES[key] for key in ("run", "task", "layer")}
+    | {
+        "group": ("str", "the classes: seen (of tasks 0 to `task`) | future (of later tasks)"),
+        "control": (
+            "str",
+            "none | initial: the network as initialised, on the same images | shuffled: training labels",
+        ),
+        "probe": ("str", "knn (cosine, 20 neighbours) | linear (ridge on standardised features)"),
+    },
+    values={
+        "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
+        "training": ("str", "incremental | joint | joint-terminal"),
+        "classes": ("int64", "in the group"),
+        "train_images": ("int64", "that the probe was trained on"),
+        "test_images": ("int64", "that it was tested on"),
+        "accuracy": ("float64", "of them classified rightly, 0 to 1"),
+        "low": ("float64", "lower end of the 95 % interval over test images (Wilson)"),
+        "high": ("float64", "its upper end"),
+        "chance": ("float64", "1 / classes"),
+    },
+)
+
+CKA = Table(
+    "cka",
+    keys={key: _FEATURES[key] for key in ("run", "task", "layer")}
+    | {
+        "other_run": ("str", "the joint twin, or the run itself"),
+        "other_task": ("int64", "the same task of the twin, or task 0 of the run"),
+    },
+    values={
+        "cka": ("float64", "debiased linear CKA of the layer's features, at most 1; about 0: unrelated"),
+        "images": ("int64", "test images that both saw"),
+    },
+)
+
+TRANSFER_LOCALITY = Table(
+    "transfer_locality",
+    keys={
+        "run": _MODEL["run"],
+        "task": ("int64", "from 0; -2: the mean over tasks"),
+        "probe": ("str", "knn | linear"),
+    },
+    values={
+        "rho": ("float64", "Spearman's rank correlation over layers of D_loc and accuracy on future classes, -1 to 1"),
+        **_INTERVAL,
+        "over": ("str", "what the interval is over: images (bootstrap), or tasks (Student's t)"),
+        "layers": ("int64", "number of layers"),
+        "n": ("int64", "test images, or tasks"),
+    },
+)
+
 HISTORY = Table(
     "history",
     keys={

@@ -13,7 +13,9 @@ from matplotlib.patheffects import withStroke
 
 from figures import style
 
-SCALES = ("shared", "each")
+SCALES = ("shared", "each", "uniform", "difference")
+DIVERGING = "PuOr_r"  # white in the middle; its ends stay apart for the colour-blind
+MOST_TIMES = 16  # times uniform, either way: what is beyond has the colour of the end
 OPACITY = 0.75  # of a map over the grey image
 GREY = (0.45, 0.9)  # black and white of the grey image: a dark object must not look like little attention
 EDGE, GAP, LINE = 0.12, 0.08, 0.2  # inches: around the figure, between panels, a line of text
@@ -26,11 +28,18 @@ def draw(
 ) -> Figure:  # fmt: skip
     """`image` uint8 [H, W, 3] as the model sees it; over its grey copy `maps` float [R, C, g_h, g_w] >= 0, in `unit`.
 
-    scale: "shared", all panels 0..max under one colour bar; "each", every panel 0..its max, with its own. query: (row,
-    column) in patches from 0, outlined everywhere. A panel of NaN stays blank. Raises ValueError for what does not fit.
+    scale: "shared", all panels 0..max under one colour bar; "each", every panel 0..its max, with its own; "uniform", times
+    uniform attention, 1 / (g_h g_w), on a logarithmic scale around 1; "difference", around 0, and values may be negative.
+    query: (row, column) in patches from 0, outlined everywhere. A panel of NaN stays blank, but for the word none.
+    Raises ValueError for what does not fit.
     """
     _check(image, maps, (len(row_labels), len(column_labels)), scale, query)
+    if scale == "uniform":
+        maps, unit = np.log2(np.clip(maps * maps.shape[2] * maps.shape[3], 1 / MOST_TIMES, MOST_TIMES)), "times uniform"
+    elif scale == "difference":
+        unit = f"difference of {unit}"
     figure, each, grid = Figure(layout="none"), scale == "each", maps.shape[2:]
+    diverging = scale in ("uniform", "difference")
     caption = f"{unit}, each panel on its own scale" if each else ""
     place = _layout(figure, image.shape[:2], row_labels, column_labels, title, caption, each)
     grey = GREY[0] + (GREY[1] - GREY[0]) * (image @ [0.299, 0.587, 0.114]) / 255  # [H, W, 3] -> luma [H, W]
@@ -38,16 +47,23 @@ def draw(
     axes = place("image")
     axes.set(title="image", xlabel="" if query is None else "query outlined")
     _show(axes, image, grid, query)
-    norm, bar = Normalize(0, np.nanmax(maps) or 1), None
+    most, bar = (np.nanmax(np.abs(maps)) if diverging else np.nanmax(maps)) or 1, None
+    norm = Normalize(-most if diverging else 0, most)
     for r, c in np.ndindex(maps.shape[:2]):
         axes = place("map", r, c)
         axes.set_title(column_labels[c] if r == 0 else "")
         axes.set_ylabel(row_labels[r] if c == 0 else "", rotation=0, ha="right", va="center", labelpad=4)
         if np.isnan(maps[r, c]).all():
+            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=style.REFERENCE)
             continue
         _show(axes, grey, grid, query)
         norm = Normalize(0, np.nanmax(maps[r, c]) or 1) if each else norm
-        how = {"cmap": style.SEQUENTIAL, "norm": norm, "alpha": OPACITY, "interpolation": "nearest"}
+        how = {
+            "cmap": DIVERGING if diverging else style.SEQUENTIAL,
+            "norm": norm,
+            "alpha": OPACITY,
+            "interpolation": "nearest",
+        }
         drawn = axes.imshow(maps[r, c], extent=axes.images[0].get_extent(), **how)
         if each:
             ends = {"orientation": "horizontal", "ticks": [0, norm.vmax], "format": "%.2g"}
@@ -57,6 +73,10 @@ def draw(
             bar.ax.get_xticklabels()[1].set_horizontalalignment("right")
         elif bar is None:
             bar = figure.colorbar(drawn, place("bar"), label=unit, format="%.3g")
+            if scale == "uniform":
+                ticks = np.arange(np.ceil(-most - 1e-6), most + 1e-6)
+                ticks = ticks if len(ticks) > 2 else np.array([-most, 0.0, most])
+                bar.set_ticks(ticks, labels=[f"{2**tick:.3g}" for tick in ticks])
         bar.outline.set_linewidth(0.4)
         bar.ax.set_facecolor(str(grey.mean()))  # under the bar as under a map: the same colours in both
     return figure
@@ -70,7 +90,7 @@ def _check(image, maps, labels, scale, query) -> None:
         raise ValueError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     if maps.ndim != 4 or maps.shape[:2] != labels:
         raise ValueError(f"by their labels maps are [{labels[0]}, {labels[1]}, g_h, g_w], not {list(maps.shape)}")
-    if np.isnan(maps).all() or np.nanmin(maps) < 0 or np.isinf(maps).any():
+    if np.isnan(maps).all() or (np.nanmin(maps) < 0 and scale != "difference") or np.isinf(maps).any():
         raise ValueError("maps need a value, and none below 0 or infinite")
     if query is not None and not (0 <= query[0] < maps.shape[2] and 0 <= query[1] < maps.shape[3]):
         raise ValueError(f"no query patch {tuple(query)} in a grid of {maps.shape[2]} rows and {maps.shape[3]} columns")

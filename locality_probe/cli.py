@@ -418,16 +418,22 @@ def transfer(runs, per_class, test_per_class, seed, tasks, data_dir, out, device
 @click.option("--model", metavar="LIBRARY/NAME", help="Look through timm/NAME, torchvision/NAME or hf/FOLDER instead.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of --model (.safetensors or .pth).")
 @click.option("--pretrained", is_flag=True, help="Fetch the weights of --model from its hub.")
-@click.option("--layer", default="all", show_default=True, help="Number from 0, or all.")
-@click.option("--head", default="mean", show_default=True, help="Number from 0, mean or all.")
-@click.option("--query", default="mean", show_default=True, help="mean, cls, or a patch as ROW,COLUMN from 0.")
-@click.option(
-    "--scale", type=click.Choice(["shared", "each"]), default="shared", show_default=True, help="Colour range."
-)
+@click.option("--layer", default="all", show_default=True, help="Numbers from 0, like 0,2, or all.")
+@click.option("--head", default="mean", show_default=True, help="Numbers from 0, mean or all.")
+@click.option("--query", default="mean", show_default=True, help="mean, cls, a patch as ROW,COLUMN from 0, or the patch "
+              "under a pixel of IMAGE as pixel:ROW,COLUMN.")  # fmt: skip
+@click.option("--rollout", is_flag=True, help="Attention as it adds up over the layers (heads averaged).")
+@click.option("--difference", is_flag=True, help="Of two checkpoints: the second minus the first.")
+@click.option("--columns", type=click.Choice(["run", "task", "layer", "head"]), help="What columns are; rows are the rest.  "
+              "[default: the first of task, run, head, layer that varies]")  # fmt: skip
+@click.option("--scale", type=click.Choice(["shared", "each", "uniform"]), default="shared", show_default=True,
+              help="Colour range: of all panels, of each, or times uniform attention.")  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]"
 )
-def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale, out) -> None:
+def heatmap(
+    image, ckpts, model, weights, pretrained, layer, head, query, rollout, difference, columns, scale, out
+) -> None:
     """Attention over IMAGE from a query; several checkpoints side by side. The raw array lies beside the picture."""
     if ckpts and model:
         raise click.UsageError("give --ckpt or --model, not both")
@@ -451,7 +457,10 @@ def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale,
                 "no model: give --ckpt RUN_DIR or --model timm/NAME, or make a run with `locality-probe demo`"
             )
         subjects = [make() for spec in specs for make in maps.parse_checkpoint(spec)]
-    found = maps.heat_maps(subjects, opened, layer, head, query)
+    if difference and scale != "shared":
+        raise click.UsageError(f"--scale {scale} does not go with --difference, whose scale is around 0")
+    found = maps.heat_maps(subjects, opened, layer, head, query, rollout, difference, columns)
+    scale = "difference" if difference else scale
     figure = attention_maps.draw(
         found.image,
         found.maps,
@@ -462,7 +471,9 @@ def heatmap(image, ckpts, model, weights, pretrained, layer, head, query, scale,
         title=found.title,
     )
     style.save(figure, out)
-    raw = found.save(out.with_suffix(".npz"))
+    raw = found.save(out.with_suffix(".npz"), scale)
+    for sentence in found.left_out:
+        click.echo(sentence)
     click.echo(f"wrote {out} and {raw}")
 
 

@@ -1,12 +1,12 @@
 """What measuring costs over the plain forward pass: justifies the blocks of `locality_probe.record.Scores.visit`.
 
-    python benchmarks/probe.py [--table time|memory|precision] [--rounds 7] [--threads 1] [--bf16] [--only NAME]
+    python benchmarks/probe.py [--table time|memory] [--rounds 7] [--threads 1] [--bf16] [--only NAME]
 
 plain: the model as it is, fused. d_loc: a Probe for D_loc and the prefix mass; all: for every measure. extract: timm's
 AttentionExtract on a model that is not fused, and one einsum a layer, which is what there was.
 time: variants in turn in one process; median milliseconds, and medians of the ratios within a round.
 memory: peak of a fresh process over its peak with the plain forward pass, which holds the weights too.
-precision: the largest relative error of D_loc, an image and head, of a peaked network, against float64 on its own maps.
+How exact it is, is in tests/test_probe.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ import timm
 import torch
 from timm.utils import AttentionExtract
 
-from locality_probe.measures import distances, nonlocality
+from locality_probe.measures import MEASURES, distances
 from locality_probe.probe import Probe
-from locality_probe.record import record
 
 MODELS = {  # name: (pixels, images)
     "vit_tiny_patch16_224": (224, 16),
@@ -70,7 +69,7 @@ def variants(name: str, images: torch.Tensor, wanted: list[str]) -> dict:
     every = {
         "plain": lambda: lambda: model(images),
         "d_loc": lambda: lambda: probed(model, images, ("d_loc", "prefix_mass")),
-        "all": lambda: lambda: probed(model, images, Probe.__init__.__defaults__[-1]),
+        "all": lambda: lambda: probed(model, images, MEASURES),
         "extract": extract,
     }
     return {key: every[key]() for key in wanted}
@@ -125,27 +124,7 @@ def memory(names: list[str], args) -> None:
         print(f"{name:42}" + "".join(f"{m:>9.0f} {m / found[0]:.2f}x " for m in found), flush=True)
 
 
-@torch.no_grad()
-def precision(names: list[str], args) -> None:
-    print("largest relative error of D_loc over images, heads and layers; lowest and highest D_loc / uniform")
-    for name in names:
-        size, _ = MODELS[name]
-        model, images = make(name), torch.randn(2, 3, size, size)
-        for block in model.blocks:  # peaked and local by position, as trained networks are in places
-            block.attn.qkv.weight.mul_(torch.linspace(2, 12, len(model.blocks))[0] * 3)
-        exact = record(
-            model, images, lambda a, layer: {"d": nonlocality(a.double(), layer.grid, layer.num_prefix_tokens)[0]}
-        )
-        with Probe(model) as probe:
-            probe.update(images)
-        found = probe.result()
-        pairs = [(v["d_loc"], e.values["d"]) for v, e in zip(found.values, exact, strict=True)]
-        worst = max(((a - b).abs() / b).max().item() for a, b in pairs)
-        ratios = torch.cat([b.flatten() / e.layer.d_uniform for (_, b), e in zip(pairs, exact, strict=True)])
-        print(f"{name:42}{worst:.1e}   {ratios.min():.2f} to {ratios.max():.2f}", flush=True)
-
-
-TABLES = {"time": times, "memory": memory, "precision": precision}
+TABLES = {"time": times, "memory": memory}
 
 
 def main() -> None:

@@ -56,7 +56,8 @@ def test_switches_of_the_released_code_are_as_the_readme_says():
 
 
 @pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
-def test_readme_python_runs(code, capsys):
+def test_readme_python_runs(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert "blocks.0.attn" in capsys.readouterr().out
 

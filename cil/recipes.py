@@ -132,7 +132,7 @@ COSTS = {
 }  # fmt: skip
 MEASURED = {
     "demo-baseline": "76.89 / 88.86 / 16.02",
-    "demo-baseline-lpa": "85.56 / 92.12 / 10.22",
+    "demo-baseline-lpa": "86.22 / 92.24 / 7.46",
     "small-b10-10-baseline": "13.43 / 23.62 / 3.82 in 716 s",
     "small-b10-10-baseline-lpa": "14.07 / 25.19 / 4.16 in 649 s",
     "small-b10-10-dytox": "11.14 / 22.11 / 11.62 in 749 s",

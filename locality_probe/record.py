@@ -129,10 +129,7 @@ class Scores(Maps):
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         rows = _rows(queries, keys)
         maps = max(1, min(BLOCK // (rows * keys), max(8, BLOCK // (4 * rows * keys))))
-        step, together = (
-            -(-heads // -(-heads // maps)),
-            max(1, maps // heads),
-        )  # equal parts of the heads, or all of some images
+        step, together = -(-heads // -(-heads // maps)), max(1, maps // heads)  # heads in equal parts, or whole images
         scratch = self.query.new_empty(min(maps, batch * heads) * rows * keys, dtype=dtype)
         mask = None if self.mask is None else self.mask.expand(self.shape)
         if self.replaces:  # laid out as models want it next: heads side by side
@@ -241,9 +238,8 @@ NOT_BETWEEN_PATCHES = {  # by what is in the name of the class, where no shape c
     "channel": "it attends between channels",
     "maskunit": "its tokens are ordered by mask units, not by rows of the grid",
 }
-ASKED_AFTER = {
-    "GPSA": "get_attention"
-}  # timm's ConViT: two softmaxes and a gate; its method gives the map that it applies
+# timm's ConViT has two softmaxes and a gate, and a method that gives the map which it applies.
+ASKED_AFTER = {"GPSA": "get_attention"}
 
 
 class Watch(TorchFunctionMode):

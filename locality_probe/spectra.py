@@ -112,18 +112,18 @@ def groups(task: int, tasks: int) -> dict[str, range]:
 
 def measure(
     subject: Subject, run_data: RunData, indices: Tensor, labels: Tensor, device: str = "cpu",
-    report: Callable[[int], None] = lambda n: None, warn: Callable[[str], None] = lambda sentence: None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
-    """Rows of SPECTRUM and SPECTRUM_SUMMARY of one network on these test images.
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, tuple[int, int]]]:  # fmt: skip
+    """Rows of SPECTRUM and SPECTRUM_SUMMARY of one network on these test images, and which groups were small.
 
-    A group with fewer than 2 images a dimension is left out, with a warning; fewer than 10 are warned of and marked.
+    A group with fewer than 2 images a dimension is left out, one with fewer than 10 is marked as not reliable; both are
+    among the small ones: group -> (images, dimension).
     Raises ValueError where even all images are fewer than 2 a dimension.
     """
     tasks = run_data.task_of(labels)
     number = len(run_data.directory.scenario)
     found: dict[str, list[Covariance]] = {}
     start = 0
-    for batch in run_data.features(subject, "test", indices, device, report):
+    for batch in run_data.features(subject, "test", indices, device):
         of_batch = tasks[start : start + len(next(iter(batch.values())))]
         start += len(of_batch)
         for layer, features in batch.items():
@@ -150,11 +150,7 @@ def measure(
             eigenvalues = whole.eigenvalues().numpy()
             ranks = {"rank": range(len(eigenvalues)), "eigenvalue": eigenvalues}
             values.append(pd.DataFrame(place | ranks | {"eigenvalue_normalised": eigenvalues / eigenvalues.sum()}))
-    for group, (n, d) in few.items():
-        what = "they are left out" if n < TOO_FEW * d else "their spectrum is flatter than it is"
-        place = f"{subject.run}, task {subject.task}"
-        warn(f"{place}: {n} images of {group} classes are fewer than {ENOUGH} for each of {d} dimensions: {what}")
-    return pd.concat(values, ignore_index=True), pd.DataFrame(rows)
+    return pd.concat(values, ignore_index=True), pd.DataFrame(rows), few
 
 
 def found_dimension(parts: list[Covariance]) -> int:
@@ -201,12 +197,17 @@ def spectra(
             raise ValueError(f"n={n}, but there are {len(indices)} test images of the run's classes")
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
     labels = first.dataset.test.labels[indices]
-    tables = []
+    tables, few = [], {}
     for directory in directories:
         run_data = RunData(directory, first.dataset)
         for task in [INITIAL, *(t for t in directory.tasks if not tasks or t in tasks)]:
-            tables.append(measure(from_run(directory, task), run_data, indices, labels, device, warn=warn))
+            *found, small = measure(from_run(directory, task), run_data, indices, labels, device)
+            tables.append(found)
+            few |= {group: min(few.get(group, place), place) for group, place in small.items()}
             report(directory.name)
+    for group, (n, d) in few.items():
+        what = "such groups are left out" if n < TOO_FEW * d else "their spectrum is flatter than it is"
+        warn(f"as few as {n} images of {group} classes, fewer than {ENOUGH} for each of {d} dimensions: {what}")
     values, rows = (pd.concat(part, ignore_index=True) for part in zip(*tables, strict=True))
     used = {"source": f"{directories[0].run.dataset}, test", "n": len(indices), "seed": seed, "index": indices.tolist()}
     return Spectra(SPECTRUM.check(values), SPECTRUM_SUMMARY.check(rows), used)

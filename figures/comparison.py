@@ -12,7 +12,7 @@ from figures import style
 from locality_probe.tables import ALL_TASKS, COMPARISON
 
 MAX_COLUMNS = 6
-SHADES = {"low_all high_all": ("95 %, all tasks and layers at once", 0.18), "low high": ("95 %, this one alone", 0.35)}
+SHADES = {"low_all high_all": ("95 %, at once for all", 0.18), "low high": ("95 %, this one alone", 0.35)}
 
 
 @style.look()

@@ -31,9 +31,10 @@ def compare(
 ) -> pd.DataFrame:
     """The table COMPARISON: D_loc of the first minus that of the second, per task and layer, and over all common tasks.
 
-    One pair: paired over images, by bootstrap. Several pairs, which are seeds of one experiment: Student's t
-    over the pairs' differences. The verdict is that of the interval which holds for all rows at once (max-|t| over images,
-    Bonferroni over seeds): farther or closer where it excludes 0, equal where it lies within margin * D_uniform.
+    One pair: paired over images, by bootstrap. Several pairs, which are seeds of one experiment: Student's t over the
+    pairs' differences. The verdict is that of the interval which holds for all rows at once (max-|t|, over images) or, as
+    seeds are few, for all layers of a task (Bonferroni, over seeds): farther or closer where it excludes 0, equal where it
+    lies within margin * D_uniform.
     Runs pair task by task; two networks of one task each pair whatever their tasks are called.
 
     per_image, nonlocality: tables of one measurement that has all of these.
@@ -61,7 +62,7 @@ def compare(
     else:
         by_seed = difference.mean(1)
         low, high = over_seeds(by_seed)
-        low_all, high_all = over_seeds(by_seed, by_seed.shape[1])
+        low_all, high_all = over_seeds(by_seed, len({layer for _, layer in cells}))
         over, n = "seeds, paired", len(pairs)
     mean, sides = difference.mean((0, 1)), both.mean((0, 2))
     names = [" + ".join(dict.fromkeys(run for run, _ in side)) for side in zip(*pairs, strict=True)]
@@ -136,15 +137,18 @@ def format_table(frame: pd.DataFrame) -> str:
     """The COMPARISON table as text: task x layer, difference and simultaneous interval, then a sentence a layer."""
     first = frame.iloc[0]
     layers = sorted(frame["layer"].unique())
+    at_once = f"all {len(frame)} rows" if first["over"].startswith("images") else "all layers of a task"
+    texts = [f"{r.difference:+.3f} [{r.low_all:+.3f}, {r.high_all:+.3f}]" for r in frame.itertuples()]
+    width = max(map(len, texts)) + 2
     lines = [
         f"{first['run']} minus {first['other']}: D_loc in patches, mean over heads; 95 % intervals over {first['n']} "
-        f"{first['over']}, for all {len(frame)} rows at once",
-        f"{'task':>8}" + "".join(f"{f'layer {layer}':>25}" for layer in layers),
+        f"{first['over']}, for {at_once} at once",
+        f"{'task':>8}" + "".join(f"{f'layer {layer}':>{width}}" for layer in layers),
     ]
     for task, rows in frame.groupby("task", sort=False):
         rows = rows.set_index("layer")
         cells = [f"{r.difference:+.3f} [{r.low_all:+.3f}, {r.high_all:+.3f}]" for r in (rows.loc[x] for x in layers)]
-        lines.append(f"{'all' if task == ALL_TASKS else task:>8}" + "".join(f"{cell:>25}" for cell in cells))
+        lines.append(f"{'all' if task == ALL_TASKS else task:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
     tasks = frame[frame["task"] != ALL_TASKS]
     for layer, rows in tasks.groupby("layer"):
         counts = rows["verdict"].value_counts()

@@ -85,14 +85,17 @@ COMPARISON = Table(
         "d_loc_other": ("float64", "of the second, patches"),
         "difference": ("float64", "first minus second, paired, patches"),
         **_INTERVAL,
-        "low_all": ("float64", "lower end of an interval that holds for all rows of the table at once, 95 %"),
+        "low_all": (
+            "float64",
+            "lower end of a 95 % interval that holds at once for all rows (images) or all layers of a task (seeds)",
+        ),
         "high_all": ("float64", "its upper end"),
         "d_uniform": ("float64", "d_loc of uniform attention, patches"),
         "over": ("str", "what the intervals are over: images, paired | seeds, paired"),
         "n": ("int64", "number of images or seeds"),
         "verdict": (
             "str",
-            "farther | closer (the interval for all rows excludes 0) | equal (it lies within the margin) | undecided",
+            "farther | closer (low_all..high_all excludes 0) | equal (it lies within the margin) | undecided",
         ),
     },
 )

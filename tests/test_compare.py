@@ -75,7 +75,7 @@ def test_seeds():
     assert set(found["over"]) == {"seeds, paired"} and set(found["n"]) == {3}
     by_seed = [[values[f"a-s{s}", t, 0].mean() - values[f"j-s{s}", t, 0].mean() for t in range(2)] for s in range(3)]
     np.testing.assert_allclose(found["difference"][:2], np.mean(by_seed, 0), atol=1e-6)
-    assert (found["low_all"] < found["low"]).all()
+    np.testing.assert_allclose(found["low_all"], found["low"])  # one layer, so nothing to correct for
     assert found["run"].iloc[0] == "a-s0 + a-s1 + a-s2"
     assert "seeds, paired" in format_table(found) and "another seed" not in format_table(found)
 

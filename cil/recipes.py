@@ -44,6 +44,18 @@ def split(name: str) -> tuple[str, str]:
     return name, "incremental"
 
 
+def parts(name: str) -> tuple[str, str, str]:
+    """The name of a recipe -> (scale, setting, system), whatever its training: small-b10-10-dytox-joint is (small, b10-10,
+    dytox). Raises ValueError for a name that is not made of them."""
+    base, _ = split(name)
+    for scale in sorted(SCALES, key=len, reverse=True):
+        for setting in settings_of(scale):
+            start = f"{scale}-{setting}-" if setting else f"{scale}-"
+            if base in RECIPES and base.startswith(start):
+                return scale, setting, base.removeprefix(start)
+    raise ValueError(f"recipe {name!r} is not of the form SCALE-SETTING-SYSTEM")
+
+
 # Scales: the baseline on CIFAR-100 B10-10, or digits.
 
 
@@ -192,24 +204,3 @@ def enter_all() -> None:
 
 
 enter_all()
-
-
-@recipe
-def reduced_b10_10_baseline() -> Run:
-    """Real CIFAR-100 cut down further: the first 50 classes, 100 images each, 4 self-attention blocks, in 5 tasks of 10; a
-    quarter of an hour on one core, its joint twin 25 minutes. Command: locality-probe train reduced-b10-10-baseline.
-    Measured: Last 23.7, Avg 36.5, Fgt 26.3."""
-    return Run(
-        num_classes=50, images_per_class=100,
-        dim=108, num_heads=9, depth=5,
-        epochs_first=30, epochs=30, batch_size=64, lr_first=1e-3, lr=1e-3, warmup_epochs=3, finetune_epochs=10,
-        finetune_lr=1e-4, rand_augment="", mixup=0.0, memory=500, amp="bf16",
-    )  # fmt: skip
-
-
-@recipe
-def reduced_b10_10_baseline_lpa() -> Run:
-    """As reduced-b10-10-baseline, with LPA in every self-attention block; as many minutes. Command: locality-probe
-    train reduced-b10-10-baseline-lpa. Measured: Last 24.4, Avg 38.3,
-    Fgt 27.0."""
-    return with_lpa(reduced_b10_10_baseline())

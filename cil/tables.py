@@ -48,7 +48,10 @@ class Table:
         path, frame = Path(path), self.check(frame)
         part = path.with_name(f".{path.name}.part")
         try:
-            frame.to_parquet(part, index=False) if path.suffix == ".parquet" else frame.to_csv(part, index=False)
+            if path.suffix == ".parquet":
+                frame.to_parquet(part, index=False, compression="zstd")
+            else:
+                frame.to_csv(part, index=False)
             with open(part, "rb") as file:  # also after a power cut
                 os.fsync(file.fileno())
             os.replace(part, path)

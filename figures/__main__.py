@@ -12,31 +12,48 @@ import click
 @click.argument("results", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: beside each table]")
 def main(results: Path, out: Path | None) -> None:
-    """Draw each nonlocality.csv under RESULTS as nonlocality_over_tasks.png and .pdf.
+    """Draw what lies under RESULTS: all figures, tables, claims and the report of each study (a folder with runs.csv), and
+    nonlocality_over_tasks.png and .pdf of each nonlocality.csv.
 
-    A table that cannot be drawn is named, the others are drawn all the same, and the exit code is 1.
+    What cannot be drawn is named, the rest is drawn all the same, and the exit code is 1.
     """
-    from figures import nonlocality_over_tasks, style
-    from locality_probe.tables import NONLOCALITY
-
-    figures = {"nonlocality.csv": (NONLOCALITY, nonlocality_over_tasks)}  # a new figure of a table is a line here
-    tables = sorted(path for name in figures for path in results.rglob(name))
-    if not tables:
-        raise click.ClickException(f"no table to draw in {results}; looked for {', '.join(figures)}")
+    found = sorted(path for name in DRAWN for path in results.rglob(name))
+    if not found:
+        raise click.ClickException(f"no table to draw in {results}; looked for {', '.join(DRAWN)}")
     failed = False
-    for path in tables:
-        table, module = figures[path.name]
+    for path in found:
         folder = out / path.parent.relative_to(results) if out else path.parent
         try:
-            figure = module.draw(table.read(path))
-            for suffix in (".png", ".pdf"):
-                name = module.__name__.rpartition(".")[2] + suffix
-                click.echo(f"wrote {style.save(figure, folder / name)}")
+            DRAWN[path.name](path, folder)
         except (ValueError, OSError) as error:
             failed = True
             reason = str(error)
             click.echo("Error: " + (reason if str(path) in reason else f"{path}: {reason}"), err=True)
     sys.exit(failed)
+
+
+def draw_study(path: Path, folder: Path) -> None:
+    from figures import claims, paper, report
+
+    tables = paper.load(path.parent)
+    built, judged = paper.build(tables), claims.judge(tables)
+    paper.write(built, tables, folder, click.echo)
+    paper.write_claims(judged, folder, click.echo)
+    click.echo(f"wrote {report.write(tables, built, judged, folder / 'report.html')}")
+
+
+def draw_measurement(path: Path, folder: Path) -> None:
+    from figures import nonlocality_over_tasks, style
+    from locality_probe.tables import INTERVALS, NONLOCALITY
+
+    beside = path.with_name("intervals.csv")
+    sure = INTERVALS.read(beside) if beside.is_file() else None
+    figure = nonlocality_over_tasks.draw(NONLOCALITY.read(path), sure)
+    for suffix in (".png", ".pdf"):
+        click.echo(f"wrote {style.save(figure, folder / f'nonlocality_over_tasks{suffix}')}")
+
+
+DRAWN = {"runs.csv": draw_study, "nonlocality.csv": draw_measurement}  # what lies there -> how it is drawn
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ def draw(
     diverging = scale in ("uniform", "difference")
     caption = f"{unit}, each panel on its own scale" if each else ""
     place = _layout(figure, image.shape[:2], row_labels, column_labels, title, caption, each)
-    grey = GREY[0] + (GREY[1] - GREY[0]) * (image @ [0.299, 0.587, 0.114]) / 255  # [H, W, 3] -> luma [H, W]
+    grey = greyed(image)
 
     axes = place("image")
     axes.set(title="image", xlabel="" if query is None else "query outlined")
-    _show(axes, image, grid, query)
+    show(axes, image, grid, query)
     most, bar = (np.nanmax(np.abs(maps)) if diverging else np.nanmax(maps)) or 1, None
     norm = Normalize(-most if diverging else 0, most)
     for r, c in np.ndindex(maps.shape[:2]):
@@ -56,7 +56,7 @@ def draw(
         if np.isnan(maps[r, c]).all():
             axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=style.REFERENCE)
             continue
-        _show(axes, grey, grid, query)
+        show(axes, grey, grid, query)
         norm = Normalize(0, np.nanmax(maps[r, c]) or 1) if each else norm
         how = {
             "cmap": DIVERGING if diverging else style.SEQUENTIAL,
@@ -96,8 +96,13 @@ def _check(image, maps, labels, scale, query) -> None:
         raise ValueError(f"no query patch {tuple(query)} in a grid of {maps.shape[2]} rows and {maps.shape[3]} columns")
 
 
-def _show(axes: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[int, int] | None) -> None:
-    """`image`, colour [H, W, 3] or grey [H, W] in 0..1, in pixels from its corner, and the query's outline."""
+def greyed(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> luma [H, W] in 0..1, between the greys that maps are laid over."""
+    return GREY[0] + (GREY[1] - GREY[0]) * (image @ [0.299, 0.587, 0.114]) / 255
+
+
+def show(axes: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[int, int] | None) -> None:
+    """`image`, colour [H, W, 3] or grey [H, W] in 0..1, in pixels from its corner, and the query's outline, in `axes`."""
     height, width = image.shape[:2]
     axes.imshow(image, "gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     if query is not None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from locality_probe.tables import INITIAL, NONLOCALITY
+from locality_probe.tables import INITIAL, INTERVALS, NONLOCALITY
 
 MAX_COLUMNS = 6  # panels beside each other; a pair with more layers goes on in a further row
 ROW = 2.0  # inches: uniform attention is far above, so the lines need height
@@ -28,10 +28,11 @@ UNIFORM = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": 
 
 
 @style.look()
-def draw(nonlocality: pd.DataFrame) -> Figure:
+def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None) -> Figure:
     """D_loc in patches, mean over heads, over the tasks (counted from 1): a row of panels a pair, a panel a layer.
 
     The panels of a pair share one scale, on which the way up to uniform attention is folded where that is far.
+    intervals: a table INTERVALS, whose intervals of these very means are drawn as bands, those over seeds where there are any.
 
     `nonlocality` has the columns of NONLOCALITY; the value at initialisation (task -1) is the incremental run's.
     Raises ValueError for another table, an unknown training, or a table without a value.
@@ -46,6 +47,7 @@ def draw(nonlocality: pd.DataFrame) -> Figure:
     heads = frame.groupby(keys, sort=False, as_index=False)
     means = heads[["d_loc", "d_uniform"]].agg(lambda values: values.mean(skipna=False))
     means = means[means.groupby(["pair", "layer"])["d_loc"].transform("count") > 0]
+    means = _with_bands(means, frame, intervals)
     if means.empty:
         raise ValueError(f"table {NONLOCALITY.name} holds no value to draw")
 
@@ -71,6 +73,18 @@ def draw(nonlocality: pd.DataFrame) -> Figure:
     return figure
 
 
+def _with_bands(means: pd.DataFrame, frame: pd.DataFrame, intervals: pd.DataFrame | None) -> pd.DataFrame:
+    """`means` with columns low and high, NaN where `intervals` has none."""
+    if intervals is None:
+        return means.assign(low=math.nan, high=math.nan)
+    own = INTERVALS.check(intervals)
+    own = own[(own["measure"] == "d_loc") & (own["other"] == "")].sort_values("over")  # images before seeds
+    own = own.drop_duplicates(["run", "task", "layer"], keep="last")
+    runs = frame[["pair", "training", "run"]].drop_duplicates(["pair", "training"])
+    own = own.merge(runs, on="run")[["pair", "training", "task", "layer", "low", "high"]]
+    return means.merge(own, on=["pair", "training", "task", "layer"], how="left")
+
+
 def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int) -> None:
     """A panel a layer; `means` [kind, layer, training, task -> d_loc, d_uniform] of one pair, in patches."""
     kinds = means.sort_values("layer")["kind"].unique()
@@ -83,7 +97,8 @@ def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int) -> None:
     for axes, (layer, of_layer) in zip(panels.flat, layers, strict=False):
         axes.set_title(f"layer {layer + 1}" + f", {of_layer['kind'].iloc[0]}" * (len(kinds) > 1))
         _draw_layer(axes, of_layer)
-        _fold(axes, means["d_loc"].min(), means["d_loc"].max(), means["d_uniform"].max())
+        low, high = (means[[end, "d_loc"]] for end in ("low", "high"))
+        _fold(axes, low.min(axis=None), high.max(axis=None), means["d_uniform"].max())
     for axes in panels.flat[layers.ngroups :]:
         axes.remove()
 
@@ -99,6 +114,10 @@ def _draw_layer(axes: Axes, means: pd.DataFrame) -> None:
         if len(line):
             # Where the two agree, the dot of CIL lies inside the square of its joint twin.
             size = max(2, 4 - len(line) / 10) + (training != "incremental")
+            if line["low"].notna().any():
+                axes.fill_between(
+                    line["task"] + 1, line["low"], line["high"], color=how["color"], alpha=0.2, linewidth=0
+                )
             axes.plot(line["task"] + 1, line["d_loc"], markersize=size, clip_on=False, **how)
 
 

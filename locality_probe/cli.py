@@ -495,3 +495,36 @@ def demo(out) -> None:
 
     with resumable():
         run_demo(out, click.echo)
+
+
+@main.command()
+@click.option("--scale", default="demo", show_default=True, help="demo: digits, minutes | small: CIFAR-100 cut to hours on "
+              "2 cores | paper: the protocol, for GPUs")  # fmt: skip
+@click.option(
+    "--only", metavar="NAME,...", help="Only these: fig1 to fig9, gap, curves, table1, table2, claims, report."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/reproduce-SCALE]")
+@click.option("--data", "data_dir", default="data", show_default=True, help="Where cifar100 or imagenet100 lies.")
+@click.option("--executor", default="local", show_default=True, help="local: processes of this machine | slurm")
+@click.option("--workers", type=int, help="Trainings at once.  [default: one a GPU, or one a core]")
+@click.option("--threads", type=int, help="CPU threads of each.  [default: 1; on GPUs the cores, shared out]")
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="For sbatch, like partition=gpu; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and what it costs; train, measure and draw nothing.")
+@device_option
+def reproduce(scale, only, out, data_dir, executor, workers, threads, slurm, dry_run, device) -> None:
+    """The paper with one command: train what is missing, measure, draw every figure and table, judge every claim, report.
+
+    Prints its plan and the estimated time first. Interrupted, it goes on; repeated, it does nothing. Writes
+    OUT/report.html, OUT/figures (PNG, PDF, CSV; claims.csv), OUT/tables (what was measured) and OUT/runs (weights).
+    """
+    from figures import reproduce as making
+
+    out = out or Path("runs") / f"reproduce-{scale}"
+    typed(check_folder, out)
+    names = list(dict.fromkeys(filter(None, (only or "").split(","))))
+    typed(making.check, scale, names)
+    device = device if executor == "slurm" else resolve_device(device)
+    with resumable():
+        making.reproduce(
+            scale, names, out, data_dir, device, executor, workers, threads, list(slurm), dry_run, click.echo
+        )

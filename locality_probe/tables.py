@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cil.tables import Table
+from cil.tables import ACCURACY, Table
 
 INITIAL = -1  # the task of the rows that describe a network as initialised, before task 0
 
@@ -252,5 +252,112 @@ SWEEP = Table(
         "fgt": ("float64", "forgetting, percent; not defined for joint training"),
         "seconds": ("float64", "wall-clock time of the epochs in training.csv"),
         "reason": ("str", "why it failed; empty if it did not"),
+    },
+)
+
+# Of a study: many runs in one folder of tables, each table with the rows of all of them.
+
+RUNS = Table(
+    "runs",
+    keys={"run": ("str", "name of the run directory")},
+    values={
+        "scale": ("str", "paper | small | demo"),
+        "setting": ("str", "scenario in small letters, b10-10, with imagenet- before it; empty: the demo's only one"),
+        "system": ("str", "name of the recipe, less scale and setting: baseline, dytox-lpa, baseline-nlpa-3"),
+        "method": ("str", "baseline | dytox"),
+        "n_lpa": ("int64", "LPA blocks, from the shallow end"),
+        "lpa_blocks": ("int64", "blocks that could be LPA"),
+        "lambda_init": ("float64", "of LPA"),
+        "training": ("str", "incremental | joint (a fresh model a task)"),
+        "seed": ("int64", "of every random draw"),
+        "tasks": ("int64", "trained"),
+        "classes": ("int64", "in all tasks"),
+        "steps": ("int64", "optimiser steps"),
+        "images": ("int64", "that those steps saw, each as often as it was seen"),
+        "seconds": ("float64", "wall-clock time of the epochs"),
+        "git": ("str", "commit that trained it"),
+        "torch": ("str", "version that trained it"),
+        "settings": ("str", "all settings of run.json, as JSON"),
+    },
+)
+
+MEASUREMENTS = Table(
+    "measurements",
+    keys={"run": RUNS.keys["run"], "kind": ("str", "accuracy | nonlocality | spectrum | transfer | attention")},
+    values={
+        "images": ("int64", "that the networks were shown"),
+        "source": ("str", "where they are from"),
+        "sha256": ("str", "of which images: equal ones were measured on the same"),
+        "git": ("str", "commit that measured"),
+        "seconds": ("float64", "that it took"),
+    },
+)
+
+STUDY_ACCURACY = Table("accuracy", keys=RUNS.keys | ACCURACY.keys, values=ACCURACY.values)
+
+LAYER_IMAGES = Table(
+    "layer_images",
+    keys=_MODEL | {"image": ("int64", "index of the image in its source")},
+    values={"d_loc": ("float32", "nonlocality of this image, mean over heads, patches")},
+)
+
+EXAMPLES = Table(
+    "examples",
+    keys={"image": ("str", "name of the example")},
+    values={
+        "rows": ("int64", "pixels, as the networks see it"),
+        "columns": ("int64", "pixels"),
+        "rgb": ("object", "uint8 [rows, columns, 3] as bytes"),
+        "credit": ("str", "who made it, and its licence"),
+    },
+)
+
+ATTENTION = Table(
+    "attention",
+    keys=_HEAD
+    | {"image": EXAMPLES.keys["image"], "query": ("int64", "patch that looks, row by row from the top left, from 0")},
+    values={
+        "grid_rows": ("int64", "patches"),
+        "grid_columns": ("int64", "patches"),
+        "distance": ("float32", "nonlocality of this query: attended distance, patches"),
+        "peak": ("float32", "its largest attention on a patch"),
+        "weights": ("object", "its attention on each patch, over the largest, in 255ths: uint8 [patches] as bytes"),
+    },
+)
+
+# The files of a study's folder.
+STUDY = {
+    "runs.csv": RUNS,
+    "measurements.csv": MEASUREMENTS,
+    "accuracy.csv": STUDY_ACCURACY,
+    "nonlocality.parquet": NONLOCALITY,
+    "layer_images.parquet": LAYER_IMAGES,
+    "spectrum.parquet": SPECTRUM,
+    "spectrum_summary.parquet": SPECTRUM_SUMMARY,
+    "transfer.parquet": TRANSFER,
+    "transfer_locality.csv": TRANSFER_LOCALITY,
+    "attention.parquet": ATTENTION,
+    "examples.parquet": EXAMPLES,
+}
+
+CLAIMS = Table(
+    "claims",
+    keys={
+        "claim": ("str", "C1 to C8"),
+        "part": ("str", "what of it; empty: the claim as a whole"),
+    },
+    values={
+        "statistic": ("str", "what was computed, decided before looking; positive is what the paper says"),
+        "unit": ("str", "of value and intervals"),
+        "value": ("float64", "mean over seeds"),
+        "low": ("float64", "lower end of the 95 % interval over seeds, for all parts of the claim at once"),
+        "high": ("float64", "its upper end"),
+        "low_images": ("float64", "lower end of the 95 % interval over images; empty where there is none"),
+        "high_images": ("float64", "its upper end"),
+        "seeds": ("int64", "pairs or runs that the interval is over"),
+        "images": ("int64", "test images of each network"),
+        "scale": ("str", "paper | small | demo"),
+        "verdict": ("str", "holds | does not hold | undecided at this scale"),
+        "reason": ("str", "what the verdict rests on, or what was left out"),
     },
 )

@@ -1,0 +1,412 @@
+"""The paper's eight claims, each with a statistic and a rule that were written down before the small study was looked at.
+
+Every statistic is signed so that above 0 is what the paper says. A seed gives one value; the interval is Student's t over
+seeds, 95 % for all parts of a claim at once (Bonferroni); where a statistic is a mean over test images, its bootstrap
+interval over images, with these very weights, stands beside it. The rule:
+
+- holds: at least MIN_SEEDS values, and both intervals lie above 0
+- does not hold: at least MIN_SEEDS values, and both intervals lie below 0
+- undecided at this scale: everything else
+
+A claim of several parts holds if all of them hold, and does not hold if one of them does not. Two sides of a comparison
+may differ in what the claim is about and in nothing else: settings, steps and probe images are compared, and a pair that
+breaks this is refused and named in `reason`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cil.evaluate import scores
+from locality_probe.intervals import bootstrap, over_seeds
+from locality_probe.tables import CLAIMS, INITIAL
+
+MIN_SEEDS = 3
+NEAR = (0.01, 0.05)  # the lambda_init that count as near the paper's 0.02
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided at this scale"
+SENTENCES = {
+    "C1": "D_loc grows as tasks go on, most in deep layers (figure 4)",
+    "C2": "joint learning has less nonlocality in each layer (figure 4)",
+    "C3": "with LPA, D_loc stays low over tasks (figure 6)",
+    "C4": "LPA raises Last and Avg, and lowers Fgt (tables 1 and 2)",
+    "C5": "with LPA the covariance eigenvalues are larger (figure 7)",
+    "C6": "the best lambda_init is near 0.02 (figure 8)",
+    "C7": "more LPA layers are better, steadily (figure 9)",
+    "C8": "shallow layers transfer better and are more local (figure 5)",
+}
+ALWAYS_FREE = {"recipe", "data_dir"}
+
+Tables = Mapping[str, pd.DataFrame]  # files of STUDY
+
+
+@dataclass
+class Part:
+    """A statistic: `values` [seeds or pairs], and where it is a mean over images `images` [images], averaged over seeds."""
+
+    name: str
+    statistic: str
+    unit: str
+    values: np.ndarray
+    images: np.ndarray | None = None
+    number_of_images: int = 0
+
+
+@dataclass
+class Evidence:
+    """The parts of a claim, and a sentence for what was left out."""
+
+    parts: list[Part] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def judge(tables: Tables) -> pd.DataFrame:
+    """The table CLAIMS of a study of one scale: for each claim a row as a whole, then a row a part."""
+    runs, rows = tables["runs.csv"], []
+    scale = runs["scale"].iloc[0] if len(runs) else ""
+    for claim, collect in EVIDENCE.items():
+        evidence = collect(tables, scope(runs)) if len(runs) else Evidence()
+        parts = [_row(claim, part, len(evidence.parts), scale) for part in evidence.parts]
+        rows += [_whole(claim, parts, evidence.refused, scale), *parts]
+    return CLAIMS.check(pd.DataFrame(rows, columns=list(CLAIMS.columns)))
+
+
+def verdict(values: np.ndarray, low: float, high: float, low_images: float, high_images: float) -> str:
+    """The rule of this module; without an interval over images (NaN) the one over seeds alone decides."""
+    if len(values) >= MIN_SEEDS:
+        if low > 0 and not low_images <= 0:
+            return HOLDS
+        if high < 0 and not high_images >= 0:
+            return FAILS
+    return UNDECIDED
+
+
+def _row(claim: str, part: Part, parts: int, scale: str) -> dict[str, object]:
+    values = np.asarray(part.values, float)
+    low, high = over_seeds(values, parts) if len(values) > 1 else (math.nan, math.nan)
+    low_images, high_images = bootstrap(part.images) if part.images is not None else (math.nan, math.nan)
+    reason = f"{len(values)} of at least {MIN_SEEDS} seeds" if len(values) < MIN_SEEDS else ""
+    return {
+        "claim": claim, "part": part.name, "statistic": part.statistic, "unit": part.unit, "value": values.mean(),
+        "low": low, "high": high, "low_images": low_images, "high_images": high_images, "seeds": len(values),
+        "images": part.number_of_images, "scale": scale, "verdict": verdict(values, low, high, low_images, high_images),
+        "reason": reason,
+    }  # fmt: skip
+
+
+def _whole(claim: str, parts: list[dict], refused: list[str], scale: str) -> dict[str, object]:
+    found = [part["verdict"] for part in parts]
+    if FAILS in found:
+        verdict, names = FAILS, [part["part"] for part in parts if part["verdict"] == FAILS]
+        reason = f"the opposite shows: {', '.join(names)}"
+    elif found and set(found) == {HOLDS}:
+        verdict, reason = HOLDS, "every part holds"
+    elif found:
+        open_ = [part["part"] for part in parts if part["verdict"] == UNDECIDED]
+        verdict, reason = UNDECIDED, f"undecided: {', '.join(open_)}"
+    else:
+        verdict, reason = UNDECIDED, "not run"
+    return {
+        "claim": claim, "part": "", "statistic": SENTENCES[claim], "unit": "", "value": math.nan, "low": math.nan,
+        "high": math.nan, "low_images": math.nan, "high_images": math.nan,
+        "seeds": min((part["seeds"] for part in parts), default=0),
+        "images": max((part["images"] for part in parts), default=0), "scale": scale, "verdict": verdict,
+        "reason": "; ".join([reason, *refused]),
+    }  # fmt: skip
+
+
+# Which runs, and which pairs of them.
+
+
+def scope(runs: pd.DataFrame) -> pd.DataFrame:
+    """RUNS with parsed settings."""
+    return runs.assign(parsed=[json.loads(text) for text in runs["settings"]])
+
+
+def first_setting(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of the setting that D_loc, spectra and sweeps are about: B10-10 on CIFAR-100, or the demo's only one."""
+    return runs[runs["setting"].isin(["b10-10", ""])]
+
+
+def systems(runs: pd.DataFrame, lpa: bool, method: str = "baseline", training: str = "incremental") -> pd.DataFrame:
+    """Runs of one system of the paper's tables: LPA in all blocks or in none, lambda_init as published."""
+    n = runs["lpa_blocks"] if lpa else 0
+    usual = (runs["lambda_init"] == 0.02) & (runs["n_lpa"] == n)
+    return runs[usual & (runs["method"] == method) & (runs["training"] == training)]
+
+
+def pairs(
+    left: pd.DataFrame, right: pd.DataFrame, free: set[str], tables: Tables, kind: str, steps: bool = True
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(run, run) of equal setting, method and seed; and a sentence for each pair that is refused.
+
+    free: settings in which the sides may differ. steps: whether they must have taken as many (not so for joint training,
+    which sees old classes again by its very nature). kind: of measurement, whose images must be the same ones.
+    """
+    found, refused = [], []
+    measured = tables["measurements.csv"].set_index(["run", "kind"])["sha256"]
+    places = ["setting", "method", "seed"]
+    there = {tuple(row[place] for place in places): row for _, row in right.iterrows()}
+    for _, row in left.iterrows():
+        other = there.get(tuple(row[place] for place in places))
+        if other is None or any((run, kind) not in measured.index for run in (row["run"], other["run"])):
+            continue
+        wrong = confounders(row, other, free, steps)
+        if measured[row["run"], kind] != measured[other["run"], kind]:
+            wrong.append("probe images")
+        if wrong:
+            refused.append(f"refused: {row['run']} and {other['run']} differ in {', '.join(wrong)}")
+        else:
+            found.append((row["run"], other["run"]))
+    return found, refused
+
+
+def confounders(row: pd.Series, other: pd.Series, free: set[str], steps: bool = True) -> list[str]:
+    """Names of the settings in which two rows of `scope` differ though they may not; and of steps."""
+    mine, others = row["parsed"], other["parsed"]
+    wrong = [key for key in mine | others if mine.get(key) != others.get(key) and key not in free | ALWAYS_FREE]
+    return wrong + (["steps"] if steps and row["steps"] != other["steps"] else [])
+
+
+# What is computed.
+
+
+def layers_of(tables: Tables, runs: list[str]) -> np.ndarray:
+    """D_loc of each run after each task: [runs, images, tasks, layers], patches; task -1 is left out."""
+    rows = tables["layer_images.parquet"]
+    rows = rows[rows["run"].isin(runs) & (rows["task"] != INITIAL)]
+    cube = rows.pivot(index=["run", "image"], columns=["task", "layer"], values="d_loc").sort_index(axis=1)
+    shape = [len(cube.columns.levels[0]), len(cube.columns.levels[1])]
+    return np.stack([cube.loc[run].to_numpy(float).reshape(-1, *shape) for run in runs])
+
+
+def slopes(y: np.ndarray, axis: int) -> np.ndarray:
+    """Least-squares slope of y against 0, 1, 2 ... along an axis."""
+    x = np.arange(y.shape[axis]) - (y.shape[axis] - 1) / 2
+    return np.tensordot(y, x / (x**2).sum(), axes=(axis, 0))
+
+
+def measured(tables: Tables, runs: pd.DataFrame, kind: str) -> list[str]:
+    """Those of the runs that a kind of measurement is there of."""
+    rows = tables["measurements.csv"]
+    return [run for run in runs["run"] if run in set(rows.loc[rows["kind"] == kind, "run"])]
+
+
+def grows(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    mine = measured(tables, systems(first_setting(runs), lpa=False), "nonlocality")
+    if not mine:
+        return Evidence()
+    drift = slopes(layers_of(tables, mine), 2)  # [runs, images, layers]
+    what = "slope of D_loc over tasks"
+    parts = [_of_images(f"layer {i + 1}", what, "patches a task", drift[..., i]) for i in range(drift.shape[-1])]
+    deep = _of_images(
+        "most in deep layers", f"slope over layers of the {what}", "patches a task and layer", slopes(drift, 2)
+    )
+    return Evidence([*parts, deep])
+
+
+def joint_is_less(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    mine = first_setting(runs)
+    found, refused = pairs(
+        systems(mine, lpa=False), systems(mine, lpa=False, training="joint"), {"training"}, tables, "nonlocality", False
+    )
+    if not found:
+        return Evidence(refused=refused)
+    gap = (_side(tables, found, 0) - _side(tables, found, 1))[:, :, 1:].mean(2)  # at task 0 both are the same training
+    what = "D_loc of CIL minus D_loc of joint, mean over the tasks after the first"
+    return Evidence([_of_images(f"layer {i + 1}", what, "patches", gap[..., i]) for i in range(gap.shape[-1])], refused)
+
+
+def lpa_stays_low(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    found, refused = _lpa_pairs(tables, first_setting(runs), "nonlocality")
+    if not found:
+        return Evidence(refused=refused)
+    lpa, plain = (_side(tables, found, side) for side in (0, 1))
+    level = (plain - lpa).mean((2, 3))
+    drift = (slopes(plain, 2) - slopes(lpa, 2)).mean(-1)
+    return Evidence([
+        _of_images("level", "D_loc of the baseline minus that with LPA, mean over tasks and layers", "patches", level),
+        _of_images("slope", "slope of D_loc over tasks of the baseline minus that with LPA, mean over layers",
+                   "patches a task", drift),
+    ], refused)  # fmt: skip
+
+
+def lpa_pays(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    found, refused = [], []
+    for method in ("baseline", "dytox"):
+        more, not_these = _lpa_pairs(tables, runs, "accuracy", method)
+        found, refused = found + more, refused + not_these
+    if not found:
+        return Evidence(refused=refused)
+    percent = percents(tables)
+    parts = []
+    for metric, sign, statistic in (("Last", 1, "with LPA minus without"), ("Avg", 1, "with LPA minus without"),
+                                    ("Fgt", -1, "without LPA minus with")):  # fmt: skip
+        values = [sign * (percent[lpa][metric] - percent[plain][metric]) for lpa, plain in found]
+        words = f"{metric} {statistic}, over scenarios, methods and seeds"
+        parts.append(Part(metric, words, "points", np.array(values), number_of_images=_images(tables, found[0][0])))
+    return Evidence(parts, refused)
+
+
+def eigenvalues_grow(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    found, refused = _lpa_pairs(tables, first_setting(runs), "spectrum")
+    if not found:
+        return Evidence(refused=refused)
+    values, summary = tables["spectrum.parquet"], tables["spectrum_summary.parquet"]
+
+    def of(frame: pd.DataFrame, run: str) -> pd.DataFrame:
+        return frame[
+            (frame["run"] == run) & (frame["layer"] == "token") & (frame["group"] == "all") & (frame["task"] >= 0)
+        ]
+
+    ratios, ranks = [], []
+    for lpa, plain in found:
+        logs = [of(values, run).set_index(["task", "rank"])["eigenvalue"].map(np.log10) for run in (lpa, plain)]
+        ratios.append((logs[0] - logs[1]).mean())
+        effective = [of(summary, run)["effective_rank"].mean() for run in (lpa, plain)]
+        ranks.append(effective[0] - effective[1])
+    rows = tables["measurements.csv"]
+    n = int(rows.loc[(rows["kind"] == "spectrum") & (rows["run"] == found[0][0]), "images"].iloc[0])
+    of_what = "token that the newest head is fed, all classes, mean over tasks"
+    return Evidence([
+        Part("as they are", f"log10 of eigenvalue with LPA over that without, mean over ranks; {of_what}", "decades",
+             np.array(ratios), number_of_images=n),
+        Part("scale-free", f"effective rank with LPA minus without; {of_what}", "dimensions", np.array(ranks),
+             number_of_images=n),
+    ], refused)  # fmt: skip
+
+
+def best_near(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    rows = lambda_sweep(runs)
+    rows, refused = _alike(rows, {"lambda_init"})
+    percent, values = percents(tables), []
+    for _, of_seed in rows.groupby("seed"):
+        average = np.array([percent[run]["Avg"] for run in of_seed["run"]])
+        near = of_seed["lambda_init"].between(*NEAR).to_numpy()
+        if near.any() and not near.all():
+            values.append(average[near].mean() - average[~near].mean())
+    if not values:
+        return Evidence(refused=refused)
+    what = f"mean Avg of lambda_init in {NEAR[0]:g} to {NEAR[1]:g}, minus that of all others tried"
+    n = _images(tables, rows["run"].iloc[0])
+    return Evidence([Part("near 0.02", what, "points", np.array(values), number_of_images=n)], refused)
+
+
+def more_layers(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    rows, refused = _alike(depth_sweep(runs), {"n_lpa"})
+    percent, by_seed = percents(tables), []
+    for _, of_seed in rows.groupby("seed"):
+        of_seed = of_seed.sort_values("n_lpa")
+        if list(of_seed["n_lpa"]) == list(range(of_seed["lpa_blocks"].iloc[0] + 1)):
+            by_seed.append([percent[run]["Avg"] for run in of_seed["run"]])
+    if not by_seed:
+        return Evidence(refused=refused)
+    average, n = np.array(by_seed), _images(tables, rows["run"].iloc[0])
+    parts = [Part("slope", "slope of Avg over the number of LPA layers", "points a layer", slopes(average, 1), None, n)]
+    for k, step in enumerate(np.diff(average).T):
+        parts.append(Part(f"{k} to {k + 1}", f"Avg with {k + 1} LPA layers minus with {k}", "points", step, None, n))
+    return Evidence(parts, refused)
+
+
+def shallow_serves(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    mine = measured(tables, systems(first_setting(runs), lpa=False), "transfer")
+    mine = [run for run in mine if run in measured(tables, systems(first_setting(runs), lpa=False), "nonlocality")]
+    if not mine:
+        return Evidence()
+    rows = tables["transfer.parquet"]
+    rows = rows[(rows["group"] == "future") & (rows["control"] == "none") & (rows["probe"] == "linear")]
+    rows = rows[rows["layer"].str.startswith("block ")]
+    rows = rows.assign(layer=rows["layer"].str.removeprefix("block ").astype(int))
+    together, depth_local, depth_serves = [], [], []
+    for run, distance in zip(mine, layers_of(tables, mine).mean(1), strict=True):  # [tasks, layers]
+        accuracy = rows[rows["run"] == run].pivot(index="task", columns="layer", values="accuracy").to_numpy()
+        depth = np.arange(distance.shape[1])
+        later = range(len(accuracy))  # the last task has no future
+        together.append(np.mean([-_spearman(distance[t], accuracy[t]) for t in later]))
+        depth_local.append(np.mean([_spearman(depth, distance[t]) for t in later]))
+        depth_serves.append(np.mean([-_spearman(depth, accuracy[t]) for t in later]))
+    n, rho = int(rows["test_images"].max()), "Spearman's rho over layers, mean over tasks"
+    return Evidence([
+        Part("local and useful", f"minus the {rho}, of D_loc and accuracy on future classes (linear probe)", "rho",
+             np.array(together), None, n),
+        Part("shallow is local", f"{rho}, of depth and D_loc", "rho", np.array(depth_local), None, n),
+        Part("shallow is useful", f"minus the {rho}, of depth and accuracy on future classes (linear probe)", "rho",
+             np.array(depth_serves), None, n),
+    ])  # fmt: skip
+
+
+EVIDENCE: dict[str, Callable[[Tables, pd.DataFrame], Evidence]] = {
+    "C1": grows,
+    "C2": joint_is_less,
+    "C3": lpa_stays_low,
+    "C4": lpa_pays,
+    "C5": eigenvalues_grow,
+    "C6": best_near,
+    "C7": more_layers,
+    "C8": shallow_serves,
+}
+
+
+def percents(tables: Tables) -> dict[str, dict[str, float]]:
+    """Last, Avg, Fgt, BWT of every run in percent, weighted by image; without those that its training does not define."""
+    training = tables["runs.csv"].set_index("run")["training"]
+    rows = tables["accuracy.csv"]
+    return {
+        run: {metric: 100 * value for metric, value in scores(of_run.drop(columns="run"), training[run]).items()}
+        for run, of_run in rows.groupby("run")
+    }
+
+
+def lambda_sweep(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of figure 8: the baseline with LPA in all blocks, by lambda_init."""
+    runs = first_setting(runs)
+    kept = (runs["method"] == "baseline") & (runs["training"] == "incremental") & (runs["n_lpa"] == runs["lpa_blocks"])
+    return runs[kept].sort_values(["lambda_init", "seed"])
+
+
+def depth_sweep(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of figure 9: the baseline with lambda_init as published, by the number of LPA blocks."""
+    runs = first_setting(runs)
+    kept = (runs["method"] == "baseline") & (runs["training"] == "incremental") & (runs["lambda_init"] == 0.02)
+    return runs[kept].sort_values(["n_lpa", "seed"])
+
+
+def _alike(runs: pd.DataFrame, free: set[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of a sweep that differ from its first of the same seed in `free` alone."""
+    kept, refused = [], []
+    for _, of_seed in runs.groupby("seed"):
+        first = of_seed.iloc[0]
+        for _, row in of_seed.iterrows():
+            wrong = confounders(first, row, free)
+            kept += [row["run"]] * (not wrong)
+            refused += [f"refused: {first['run']} and {row['run']} differ in {', '.join(wrong)}"] * bool(wrong)
+    return runs[runs["run"].isin(kept)], refused
+
+
+def _lpa_pairs(tables: Tables, runs: pd.DataFrame, kind: str, method: str = "baseline"):
+    return pairs(systems(runs, True, method), systems(runs, False, method), {"n_lpa"}, tables, kind)
+
+
+def _side(tables: Tables, found: list[tuple[str, str]], side: int) -> np.ndarray:
+    return layers_of(tables, [pair[side] for pair in found])
+
+
+def _of_images(name: str, statistic: str, unit: str, values: np.ndarray) -> Part:
+    """A statistic that is a mean over images: values [runs, images]."""
+    return Part(name, statistic, unit, values.mean(1), values.mean(0), values.shape[1])
+
+
+def _images(tables: Tables, run: str) -> int:
+    rows = tables["accuracy.csv"]
+    return int(rows[rows["run"] == run].groupby("on_task")["images"].first().sum())
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """rho, and 0 where one of the two does not vary."""
+    return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(stats.spearmanr(x, y).statistic)

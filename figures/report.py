@@ -1,0 +1,264 @@
+"""One self-contained HTML file of a study: verdicts, tables, figures, and a viewer of attention. No server, no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cil.checkpoint import atomically
+from figures import claims, paper, paper_tables, style
+from figures.claims import Tables
+from figures.paper import ARTIFACTS, Built, NotRun
+from locality_probe.tables import INITIAL
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MOST_BYTES = 15_000_000
+SIDES = (("incremental", False, "CIL"), ("joint", False, "joint"), ("incremental", True, "CIL with LPA"))
+SECTIONS = ("gap", "fig4", "fig6", "fig1", "curves", "fig2", "fig3", "fig7", "fig5", "fig8", "fig9")
+
+
+def write(tables: Tables, built: Built, judged: pd.DataFrame, path: str | Path) -> Path:
+    """The report of a study, under 15 MB. built: of all ARTIFACTS; judged: the table CLAIMS."""
+    text = render(tables, built, judged)
+    assert len(text.encode()) < MOST_BYTES, "the viewer's example images are too many"
+    atomically(Path(path), lambda part: Path(part).write_text(text))
+    return Path(path)
+
+
+def render(tables: Tables, built: Built, judged: pd.DataFrame) -> str:
+    scale = tables["runs.csv"]["scale"].iloc[0]
+    parts = {
+        "scale": html.escape(scale),
+        "summary": summary(tables),
+        "verdicts": verdicts(judged),
+        "evidence": evidence(judged),
+        "distances": distances(tables),
+        "heat": of_artifact(built, "gap", lambda frame, drawn, runs: heat(frame)),
+        "tables": "".join(
+            of_artifact(built, name, lambda frame, drawn, runs, name=name: accuracy(tables, name, frame, runs))
+            for name in ("table1", "table2")
+        ),
+        "figures": "".join(
+            of_artifact(built, name, lambda frame, drawn, runs, name=name: picture(tables, name, drawn, runs))
+            for name in SECTIONS
+        ),
+        "provenance": provenance(tables),
+        "data": json.dumps(viewer(tables)),
+    }
+    text = TEMPLATE.read_text()
+    for name, content in parts.items():
+        text = text.replace(f"<!--{name}-->", content)
+    return text
+
+
+def of_artifact(built: Built, name: str, make: Callable[..., str]) -> str:
+    found = built[name]
+    if isinstance(found, NotRun):
+        return f'<p class="absent">{html.escape(ARTIFACTS[name].title)}: not run ({html.escape(str(found))})</p>'
+    return make(*found)
+
+
+def table(header: list[str], rows: list[list[str]], caption: str = "", classes: str = "") -> str:
+    """Cells are HTML already; the first of a row is its heading."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in row[1:]) + "</tr>"
+        for row in rows
+    )  # fmt: skip
+    caption = f"<caption>{caption}</caption>" if caption else ""
+    whole = f"{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{classes}">{whole}</table></div>'
+
+
+def summary(tables: Tables) -> str:
+    runs = tables["runs.csv"]
+    settings = ", ".join(paper.setting_title(s) for s in dict.fromkeys(runs["setting"]))
+    hours = runs["seconds"].sum() / 3600
+    return (
+        f"{len(runs)} runs on {html.escape(settings)}; {runs['steps'].sum():,} training steps in {hours:.1f} hours, "
+        f"one by one; seeds {', '.join(map(str, sorted(runs['seed'].unique())))}."
+    )
+
+
+def verdicts(judged: pd.DataFrame) -> str:
+    rows = []
+    for row in judged[judged["part"] == ""].itertuples():
+        mark = {claims.HOLDS: "yes", claims.FAILS: "no"}.get(row.verdict, "open")
+        rows.append(
+            [row.claim, html.escape(row.statistic), f'<td class="{mark}">{row.verdict}</td>', html.escape(row.reason)]
+        )
+    return table(["claim", "what the paper says", "here", "why"], rows)
+
+
+def evidence(judged: pd.DataFrame) -> str:
+    def ends(low: float, high: float) -> str:
+        return "-" if np.isnan(low) else f"{low:+.3g} to {high:+.3g}"
+
+    rows = [
+        [f"{r.claim}, {html.escape(r.part)}", html.escape(r.statistic), f"{r.value:+.3g} {html.escape(r.unit)}",
+         ends(r.low, r.high), ends(r.low_images, r.high_images), f"{r.seeds} / {r.images}", r.verdict]
+        for r in judged[judged["part"] != ""].itertuples()
+    ]  # fmt: skip
+    return table(
+        ["part", "statistic", "mean", "95 % over seeds", "95 % over images", "seeds / images", "verdict"], rows
+    )
+
+
+def distances(tables: Tables) -> str:
+    """D_loc, layer by task, of each system and training, with half its interval."""
+    try:
+        means, sure, _ = paper.distances_of(tables, ("baseline", "dytox"), (False, True))
+    except NotRun as error:
+        return f'<p class="absent">Not run ({html.escape(str(error))})</p>'
+    own = sure[sure["other"] == ""].set_index(["run", "task", "layer"])
+    values = means.groupby(["run", "task", "layer"], sort=False)["d_loc"].mean()
+    blocks = []
+    for run in dict.fromkeys(means["run"]):
+        rows = values[run].unstack("layer").sort_index()
+        body = []
+        for task, cells in rows.iterrows():
+            texts = []
+            for layer, value in cells.items():
+                key = (run, task, layer)
+                half = (
+                    f" <small>± {(own.loc[key, 'high'] - own.loc[key, 'low']) / 2:.3f}</small>"
+                    if key in own.index
+                    else ""
+                )
+                texts.append(f"{value:.3f}{half}")
+            body.append(["as initialised" if task == INITIAL else f"task {task + 1}", *texts])
+        over, n = next(iter(own.loc[[run]][["over", "n"]].itertuples(index=False, name=None)), ("", 0))
+        uniform = means.loc[means["run"] == run, "d_uniform"].iloc[0]
+        words = run.replace(", incremental", ", CIL")
+        caption = (
+            f"{html.escape(words)}: D_loc in patches, ± half a 95 % interval over {n} {over}; uniform {uniform:.3f}"
+        )
+        blocks.append(table(["", *(f"layer {layer + 1}" for layer in rows.columns)], body, caption, "numbers"))
+    return "".join(blocks)
+
+
+def heat(frame: pd.DataFrame) -> str:
+    """CIL minus joint, layers by tasks, as coloured cells."""
+    most, blocks = frame["difference"].abs().max(), []
+    for title, rows in frame.groupby("title", sort=False):
+        body = []
+        for layer, cells in rows.groupby("layer"):
+            texts = [
+                f'<td class="{"more" if c.difference > 0 else "less"}" style="--share:{abs(c.difference) / most:.2f}" '
+                f'title="{c.low:+.3f} to {c.high:+.3f}, 95 % over {c.n} {c.over}">'
+                + (f"<b>{c.difference:+.3f}</b>" if c.low > 0 or c.high < 0 else f"{c.difference:+.3f}") + "</td>"
+                for c in cells.sort_values("task").itertuples()
+            ]  # fmt: skip
+            body.append([f"layer {layer + 1}", *texts])
+        header = ["", *(f"task {task + 1}" for task in sorted(rows["task"].unique()))]
+        caption = f"{html.escape(title)}: D_loc of CIL minus joint, patches; bold: the 95 % interval excludes 0"
+        blocks.append(table(header, body, caption, "numbers"))
+    return "".join(blocks)
+
+
+def accuracy(tables: Tables, name: str, frame: pd.DataFrame, runs: list[str]) -> str:
+    rows = []
+    for (scenario, title), cells in frame.groupby(["scenario", "title"], sort=False):
+        cells, texts = cells.set_index("metric"), []
+        for metric in paper_tables.METRICS:
+            published, ours, sd = cells.loc[metric, ["published", "ours", "sd"]]
+            texts.append("-" if np.isnan(published) else f"{published:.2f}")
+            spread = "" if np.isnan(sd) else f" <small>± {sd:.2f}</small>"
+            texts.append("not run" if np.isnan(ours) else f"{ours:.2f}{spread}")
+        rows.append([f"{html.escape(scenario)}, {html.escape(title)}", *texts, str(int(cells["seeds"].iloc[0]) or "")])
+    header = ["", *(f"{m}, {who}" for m in paper_tables.METRICS for who in ("published", "ours")), "seeds"]
+    behind = html.escape(paper.provenance(tables, runs))
+    caption = f"{ARTIFACTS[name].title}, percent, ± standard deviation over seeds. {behind}"
+    return table(header, rows, caption, "numbers")
+
+
+def picture(tables: Tables, name: str, figure: Figure, runs: list[str]) -> str:
+    file = io.BytesIO()
+    with style.look():
+        figure.savefig(file, format="png", dpi=144, metadata=style.METADATA[".png"])
+    title = html.escape(ARTIFACTS[name].title)
+    return (
+        f'<figure id="{name}"><img src="{uri(file.getvalue())}" alt="{title}" loading="lazy"><figcaption>{title}. '
+        f"{html.escape(paper.provenance(tables, runs))}</figcaption></figure>"
+    )
+
+
+def provenance(tables: Tables) -> str:
+    rows = [
+        [
+            html.escape(r.run),
+            r.training,
+            str(r.seed),
+            str(r.tasks),
+            f"{r.steps:,}",
+            f"{r.seconds / 60:.1f}",
+            r.git,
+            r.torch,
+        ]
+        for r in tables["runs.csv"].itertuples()
+    ]
+    return table(["run", "training", "seed", "tasks", "steps", "minutes", "commit", "torch"], rows)
+
+
+def uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def viewer(tables: Tables) -> dict[str, object]:
+    """What the page's script reads. Attention is [task, layer, head, image, query, key], in 255ths of its row's largest.
+
+    d_loc is that of the table, over the test images of the study: side -> [task][layer][head], patches.
+    """
+    rows, runs = tables["attention.parquet"], paper.usual(tables)
+    runs = runs[runs["run"].isin(rows["run"]) & (runs["method"] == "baseline")].sort_values("seed")
+    if runs.empty:
+        return {}
+    sides = []
+    examples = {r.image: r for r in tables["examples.parquet"].itertuples()}
+    keys = ["task", "layer", "head", "image", "query"]
+    shape = None
+    for training, lpa, label in SIDES:
+        mine = runs[(runs["training"] == training) & ((runs["n_lpa"] > 0) == lpa)]
+        if mine.empty:
+            continue
+        run = mine["run"].iloc[0]
+        of_run = rows[rows["run"] == run].sort_values(keys)
+        shape = [int(of_run[key].nunique()) for key in keys]
+        distance = tables["nonlocality.parquet"]
+        distance = distance[(distance["run"] == run) & (distance["task"] != INITIAL)]
+        distance = distance[distance["layer"].isin(of_run["layer"])].sort_values(["task", "layer", "head"])
+        sides.append({
+            "label": label, "run": run, "images": int(distance["images"].iloc[0]),
+            "weights": _packed(b"".join(of_run["weights"])),
+            "peak": _packed(of_run["peak"].to_numpy("<f4").tobytes()),
+            "distance": _packed(of_run["distance"].to_numpy("<f4").tobytes()),
+            "d_loc": distance["d_loc"].to_numpy().reshape(shape[:3]).tolist(),
+            "uniform": float(distance["d_uniform"].iloc[0]),
+        })  # fmt: skip
+    names = sorted(rows["image"].unique())
+    grid = [int(rows[key].iloc[0]) for key in ("grid_rows", "grid_columns")]
+    return {
+        "shape": shape, "grid": grid, "sides": sides, "layers": sorted(int(i) for i in rows["layer"].unique()),
+        "images": [{"name": name, "credit": examples[name].credit, "picture": _png(examples[name])} for name in names],
+    }  # fmt: skip
+
+
+def _packed(content: bytes) -> str:
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def _png(example) -> str:
+    pixels = np.frombuffer(example.rgb, np.uint8).reshape(example.rows, example.columns, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return uri(file.getvalue())

@@ -1,0 +1,43 @@
+"""Accuracy against one setting of LPA: lambda at initialisation, or the number of LPA layers (the paper's figures 8 and 9)."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from figures import style
+
+COLUMNS = ["value", "seed", "metric", "percent"]
+METRICS = ("Last", "Avg", "Fgt")
+
+
+@style.look()
+def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: float | None = None) -> Figure:
+    """A panel a metric, in percent: a dot a run, a line through the means over seeds. marked: the paper's choice, dotted.
+
+    frame: COLUMNS. Raises ValueError for an empty one.
+    """
+    if frame.empty:
+        raise ValueError("no sweep to draw")
+    values = sorted(frame["value"].unique())
+    figure = Figure(figsize=(6.8, 2.1))
+    panels = figure.subplots(1, len(METRICS))
+    for axes, metric, colour in zip(panels, METRICS, (style.BLUE, style.ORANGE, style.GREEN), strict=True):
+        rows = frame[frame["metric"] == metric]
+        if marked is not None:
+            axes.axvline(marked, color=style.REFERENCE, linestyle=":", linewidth=1)
+        axes.plot(rows["value"], rows["percent"], "o", color=colour, markersize=3, alpha=0.5)
+        means = rows.groupby("value")["percent"].mean()
+        axes.plot(means.index, means, color=colour)
+        if logarithmic:
+            axes.set_xscale("log")
+            shown = values if len(values) < 6 else values[::2]
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            shown = values
+        axes.set_xticks(shown, labels=[f"{value:g}" for value in shown])
+        axes.set(title=metric, xlabel=label)
+    panels[0].set_ylabel("%")
+    return figure

@@ -115,7 +115,6 @@ def needs(name: str) -> dict[str, list[Need]]:
         **tables,
     }
     viewer = of(["baseline", twins["baseline"], "baseline-lpa"], "attention nonlocality", one)
-    found = {artifact: wanted for artifact, wanted in found.items() if wanted}
     # Whatever is measured of a run, its accuracy and its row of RUNS belong to it.
     found = {a: list(dict.fromkeys([*w, *((r, s, "accuracy") for r, s, _ in w)])) for a, w in found.items()}
     whole = list(dict.fromkeys(need for wanted in (*found.values(), viewer) for need in wanted))

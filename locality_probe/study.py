@@ -75,9 +75,8 @@ class Study:
 
     def _write(self, file: str, parts: list[pd.DataFrame]) -> None:
         whole = pd.concat([part for part in parts if len(part)], ignore_index=True)
-        keys = [key for key in STUDY[file].keys if key not in ("layer", "group", "probe", "control")]
         # In one order, whatever the order of measuring.
-        STUDY[file].write(whole.sort_values(keys, kind="stable"), self.folder / file)
+        STUDY[file].write(whole.sort_values(list(STUDY[file].keys), kind="stable"), self.folder / file)
 
 
 def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tuple[Frames, dict[str, object]]:

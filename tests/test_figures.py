@@ -348,4 +348,4 @@ def test_command_without_folder_or_table(tmp_path):
     code, _, complaint = run(tmp_path / "nowhere")
     assert code == 2 and "nowhere' does not exist" in complaint
     code, _, complaint = run(tmp_path)
-    assert code == 1 and complaint == f"Error: no table to draw in {tmp_path}; looked for nonlocality.csv\n"
+    assert code == 1 and complaint == f"Error: no table to draw in {tmp_path}; looked for runs.csv, nonlocality.csv\n"

@@ -1,0 +1,236 @@
+"""The paper's figures and tables from a study's tables: what is in the drawing, never pixels."""
+
+import hashlib
+
+import made_up
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from cil import recipes
+from figures import accuracy_curves, attention_examples, eigenvalues, forgetting, gap, paper, sweeps
+from figures.__main__ import main
+from figures.attention_examples import Example
+from figures.paper import ARTIFACTS, NotRun
+from locality_probe.tables import STUDY
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return made_up.make()
+
+
+@pytest.fixture(scope="module")
+def built(tables):
+    return paper.build(tables)
+
+
+@pytest.fixture(scope="module")
+def folder(tables, tmp_path_factory):
+    path = tmp_path_factory.mktemp("study")
+    for file, table in STUDY.items():
+        table.write(tables[file], path / file)
+    return path
+
+
+def test_everything_is_drawn_from_a_whole_study(built):
+    assert list(built) == [*(f"fig{i}" for i in range(1, 10)), "gap", "curves", "table1", "table2"]
+    assert not [name for name, found in built.items() if isinstance(found, NotRun)]
+
+
+def test_accuracy_matrix(built):
+    frame, figure, _ = built["fig1"]
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["baseline, CIL", "baseline, joint", "baseline + LPA, CIL"]
+    drawn = panels[0].images[0].get_array()
+    assert drawn.shape == (made_up.TASKS, made_up.TASKS)
+    expected = np.mean([made_up.accuracy(False, False, seed, 3, 1) for seed in range(3)])
+    assert drawn[3, 1] == pytest.approx(100 * expected, abs=0.05) and np.isnan(drawn.filled(np.nan)[1, 3])
+    assert panels[0].texts[0].get_text() == f"{drawn[0, 0]:.0f}"
+    assert {axes.images[0].norm.vmax for axes in panels} == {100 * frame["accuracy"].max()}
+
+
+def test_attention_of_the_middle_patch(built):
+    frame, figure, _ = built["fig3"]
+    assert list(dict.fromkeys(frame["title"])) == ["joint", "CIL"]
+    cells = frame[(frame["title"] == "CIL") & (frame["task"] == 0)].pivot(
+        index="row", columns="column", values="attention"
+    )
+    expected = np.full(made_up.GRID, 0.5 * 51 / 255)
+    expected[1, 1] = 0.5
+    np.testing.assert_allclose(cells, expected)
+    drawn = [axes.images[-1].get_array() for axes in figure.axes if len(axes.images) == 2]
+    assert len(drawn) == 2 * made_up.TASKS
+    np.testing.assert_allclose(drawn[0], expected)
+    lines = {line.get_label(): line.get_ydata() for axes in built["fig2"][1].axes for line in axes.lines}
+    rows = built["fig2"][2]
+    assert rows == ["demo-baseline-s0", "demo-baseline-s0-joint"]
+    deepest = [
+        np.mean([made_up.d_loc(False, False, 0, t, 2, h, i) for h in range(2) for i in range(8)]) for t in range(4)
+    ]
+    np.testing.assert_allclose(lines["CIL"], deepest)
+
+
+def test_distances_are_means_over_seeds_with_their_intervals(built):
+    frame, figure, runs = built["fig4"]
+    assert len(runs) == 6
+    row = frame[(frame["training"] == "incremental") & (frame["task"] == 2) & (frame["layer"] == 1)].iloc[0]
+    seeds = [
+        np.mean([made_up.d_loc(False, False, s, 2, 1, h, i) for h in range(2) for i in range(8)]) for s in range(3)
+    ]
+    half = 4.302653 * np.std(seeds, ddof=1) / 3**0.5
+    assert row["d_loc"] == pytest.approx(np.mean(seeds), abs=1e-6)
+    assert (row["low"], row["high"]) == pytest.approx((np.mean(seeds) - half, np.mean(seeds) + half), abs=1e-5)
+    assert (row["over"], row["n"]) == ("seeds", 3)
+    panel = figure.axes[1]
+    line = next(line for line in panel.lines if line.get_label() == "CIL")
+    assert line.get_ydata()[2] == pytest.approx(row["d_loc"])
+    band = panel.collections[0].get_paths()[0].vertices
+    assert sorted(band[np.isclose(band[:, 0], 3)][:, 1]) == pytest.approx([row["low"], row["high"]], abs=1e-5)
+    assert "baseline, 3 seeds" in figure.subfigs[0].get_suptitle()
+
+
+def test_one_seed_has_its_interval_over_images():
+    frame, _, _ = paper.build(made_up.make(seeds=1), ["fig4"])["fig4"]
+    assert set(frame["over"]) == {"images"} and set(frame["n"]) == {made_up.IMAGES}
+    assert (frame["low"] <= frame["d_loc"]).all() and (frame["high"] >= frame["d_loc"]).all()
+
+
+def test_gap_is_cil_minus_joint(built):
+    frame, figure, _ = built["gap"]
+    row = frame[(frame["title"] == "baseline") & (frame["task"] == 3) & (frame["layer"] == 2)].iloc[0]
+    assert row["difference"] == pytest.approx(0.005 * 3 * 3, abs=1e-6)
+    axes = figure.axes[0]
+    assert axes.get_title() == "baseline" and axes.images[0].get_array()[2, 3] == pytest.approx(100 * row["difference"])
+    text = next(t for t in axes.texts if t.get_position() == (3, 2))
+    assert text.get_text() == "4" and text.get_weight() == "bold"
+    assert next(t for t in axes.texts if t.get_position() == (0, 0)).get_weight() == "normal"  # task 1: no difference
+
+
+def test_gap_of_more_seeds_than_twins_is_over_images():
+    tables = made_up.make(seeds=2)
+    for file in STUDY:
+        if "run" in tables[file]:
+            tables[file] = tables[file][~tables[file]["run"].str.endswith("-s1-joint")]
+    frame, _, _ = paper.build(tables, ["gap"])["gap"]
+    assert set(frame["over"]) == {"images, paired"} and len(frame) == 4 * made_up.TASKS * made_up.LAYERS
+
+
+def test_spectra_are_beside_each_other(built):
+    _, figure, _ = built["fig7"]
+    above, below = figure.axes[0], figure.axes[made_up.TASKS]
+    lines = {line.get_label(): line.get_ydata() for line in above.lines}
+    np.testing.assert_allclose(lines["baseline"], 0.5 ** np.arange(made_up.DIM))
+    np.testing.assert_allclose(lines["baseline + LPA"], 2 * 0.5 ** np.arange(made_up.DIM) ** 0.5)
+    assert [line.get_ydata().sum() for line in below.lines] == pytest.approx([1, 1])
+    assert above.get_xscale() == above.get_yscale() == "log"
+
+
+def test_sweeps_use_the_runs_of_the_systems_where_settings_are_theirs(built):
+    frame, figure, runs = built["fig8"]
+    assert sorted(frame["value"].unique()) == [0.002, 0.02, 1.0] and "demo-baseline-lpa-s0" in runs
+    assert figure.axes[0].get_xscale() == "log" and figure.axes[0].lines[0].get_xdata()[0] == 0.02
+    frame, figure, runs = built["fig9"]
+    assert sorted(frame["value"].unique()) == [0, 1, 2, 3] and {"demo-baseline-s0", "demo-baseline-lpa-s0"} <= set(runs)
+    means = frame[frame["metric"] == "Avg"].groupby("value")["percent"].mean()
+    assert [axes.get_title() for axes in figure.axes] == ["Last", "Avg", "Fgt"]
+    np.testing.assert_allclose(figure.axes[1].lines[-1].get_ydata(), means)
+
+
+def test_curves_are_over_all_classes_seen(built):
+    frame, figure, _ = built["curves"]
+    row = frame[(frame["title"] == "baseline") & (frame["training"] == "incremental") & (frame["classes"] == 4)].iloc[0]
+    shares = [np.mean([made_up.accuracy(False, False, s, 1, j) for j in range(2)]) for s in range(3)]
+    assert row[["accuracy", "low", "high"]].tolist() == pytest.approx(
+        [np.mean(shares), min(shares), max(shares)], abs=1e-3
+    )
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        f"{t}{j}" for j in ("", ", joint") for t in ("baseline", "baseline + LPA", "DyTox", "DyTox + LPA")
+    ]
+
+
+def test_transfer_is_averaged_over_seeds(built):
+    frame, _, _ = built["fig5"]
+    rows = frame[(frame["layer"] == "block 1") & (frame["control"] == "none") & (frame["task"] == 0)]
+    assert set(rows["run"]) == {f"{t}, 3 seeds" for t in ("baseline", "baseline + LPA", "DyTox", "DyTox + LPA")}
+    assert rows["accuracy"].iloc[0] == pytest.approx(0.5 - 0.01)
+
+
+def test_tables_have_ours_beside_the_published(built, tables):
+    frame, page, _ = built["table1"]
+    percent = paper.percents(tables)
+    ours = [percent[f"demo-baseline-lpa-s{s}"]["Avg"] for s in range(3)]
+    row = frame[(frame["system"] == "baseline-lpa") & (frame["metric"] == "Avg")].iloc[0]
+    assert (row["ours"], row["sd"], row["seeds"]) == (
+        pytest.approx(np.mean(ours)),
+        pytest.approx(np.std(ours, ddof=1)),
+        3,
+    )
+    assert f"{row['ours']:.2f} ± {row['sd']:.2f}" in page
+    frame, page, runs = built["table2"]
+    assert runs == [] and page.count("not run") == 12 + 1
+    first = recipes.PUBLISHED["imagenet-b10-10"][3]
+    assert frame[(frame["setting"] == "imagenet-b10-10") & (frame["system"] == "dytox-lpa")]["published"].tolist() == [
+        float(number) for number in first.split("/")
+    ]
+
+
+def test_published_numbers_are_beside_cifar():
+    tables = made_up.make()
+    tables["runs.csv"]["setting"], tables["runs.csv"]["scale"] = "b10-10", "small"
+    frame, page, _ = paper.build(tables, ["table1"])["table1"]
+    assert "63.11 / 74.74 / 12.52" in page and page.count("not run") == 12 and "scale small" in page
+    assert frame["ours"].notna().sum() == 12
+
+
+def test_nothing_run_nothing_drawn():
+    built = paper.build({file: table.check(pd.DataFrame(columns=list(table.columns))) for file, table in STUDY.items()})
+    assert [name for name, found in built.items() if not isinstance(found, NotRun)] == ["table1", "table2"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: forgetting.draw(pd.DataFrame(columns=forgetting.COLUMNS)),
+        lambda: accuracy_curves.draw(pd.DataFrame(columns=accuracy_curves.COLUMNS)),
+        lambda: eigenvalues.draw(pd.DataFrame(columns=eigenvalues.COLUMNS)),
+        lambda: gap.draw(pd.DataFrame(columns=gap.COLUMNS)),
+        lambda: sweeps.draw(pd.DataFrame(columns=sweeps.COLUMNS), "x"),
+        lambda: attention_examples.draw(pd.DataFrame(columns=attention_examples.COLUMNS), {"x": Example(None, (0, 0))}),
+    ],
+)
+def test_empty_tables_are_refused(call):
+    with pytest.raises(ValueError, match=r"no .* to draw"):
+        call()
+
+
+def test_command_writes_each_figure_with_its_table_and_provenance_byte_by_byte_the_same(folder, tmp_path):
+    digests = []
+    for place in ("a", "b"):
+        result = CliRunner().invoke(main, [str(folder), "--out", str(tmp_path / place)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / place).iterdir()}
+        digests.append(files)
+    assert digests[0] == digests[1]
+    kinds = {name: {"csv", "txt"} | ({"md"} if name.startswith("table") else {"png", "pdf"}) for name in ARTIFACTS}
+    expected = {f"{name}.{suffix}" for name, suffixes in kinds.items() for suffix in suffixes}
+    assert set(digests[0]) == expected | {"claims.csv", "claims.md", "report.html"}
+    line = (tmp_path / "a/fig4.txt").read_text()
+    assert (
+        "6 runs, seeds 0, 1, 2" in line and "trained at abc" in line and "nonlocality: 8 images of digits, test" in line
+    )
+
+
+def test_a_drawing_of_what_is_no_longer_there_goes(tables, tmp_path):
+    paper.write(paper.build(tables, ["fig8"]), tables, tmp_path, echo=lambda line: None)
+    assert (tmp_path / "fig8.png").is_file()
+    said = []
+    paper.write({"fig8": NotRun("no run")}, tables, tmp_path, said.append)
+    assert not list(tmp_path.iterdir()) and said == ["fig8: not run (no run)"]
+
+
+def test_no_study_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no runs.csv"):
+        paper.load(tmp_path)

@@ -16,7 +16,8 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 
 figures: $(VENV)/installed
-	$(BIN)/python -m figures data/results
+	$(BIN)/python -m figures data/results/demo
+	$(BIN)/python -m figures data/results/small --out docs/small
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

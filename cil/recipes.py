@@ -145,10 +145,16 @@ COSTS = {
 MEASURED = {
     "demo-baseline": "76.89 / 88.86 / 16.02",
     "demo-baseline-lpa": "86.22 / 92.24 / 7.46",
-    "small-b10-10-baseline": "13.43 / 23.62 / 3.82 in 716 s",
-    "small-b10-10-baseline-lpa": "14.07 / 25.19 / 4.16 in 649 s",
-    "small-b10-10-dytox": "11.14 / 22.11 / 11.62 in 749 s",
-    "small-b10-10-dytox-lpa": "11.59 / 23.08 / 12.02 in 680 s",
+    "small-b10-10-baseline": "12.55 / 22.64 / 3.67, three seeds",
+    "small-b10-10-baseline-lpa": "14.10 / 24.69 / 3.65, three seeds",
+    "small-b10-10-dytox": "10.64 / 21.22 / 10.94, three seeds",
+    "small-b10-10-dytox-lpa": "10.90 / 22.56 / 11.56, three seeds",
+    "small-b5-5-baseline": "12.51 / 24.07 / 5.56",
+    "small-b5-5-baseline-lpa": "13.42 / 25.55 / 5.21",
+    "small-b50-10-baseline": "13.34 / 16.26 / 0.72",
+    "small-b50-10-baseline-lpa": "14.91 / 17.68 / 0.73",
+    "small-b50-5-baseline": "12.26 / 15.50 / 1.64",
+    "small-b50-5-baseline-lpa": "14.21 / 17.33 / 1.06",
 }
 
 

@@ -33,7 +33,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         drawn = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most)
         sure = (cells["low"].to_numpy() > 0) | (cells["high"].to_numpy() < 0)
         for (i, j), value in np.ndenumerate(values):
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, weight="bold" if sure[i, j] else "normal",
+            axes.text(j, i, f"{round(value)}", ha="center", va="center", fontsize=6, weight="bold" if sure[i, j] else "normal",
                       color="white" if abs(value) > 0.6 * most else "black")  # fmt: skip
         axes.set(
             title=title, xlabel="task", ylabel="layer", xticks=range(values.shape[1]), yticks=range(values.shape[0])

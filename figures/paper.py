@@ -335,9 +335,11 @@ def fig5(tables: Tables):
     counts = runs.groupby("title")["seed"].transform("count")
     names = [f"{title}, {_seeds_words(n)}" for title, n in zip(runs["title"], counts, strict=True)]
     name = dict(zip(runs["run"], names, strict=True))
+    order = {run: place for place, run in enumerate(name)}  # as `usual` has them
 
     def together(frame: pd.DataFrame, table) -> pd.DataFrame:
-        frame = frame[frame["run"].isin(runs["run"])]
+        frame = frame[frame["run"].isin(name)]
+        frame = frame.sort_values("run", key=lambda named: named.map(order), kind="stable")
         frame = frame.assign(run=frame["run"].map(name), pair=frame["run"].map(name))
         fixed = [c for c, (dtype, _) in table.columns.items() if dtype != "float64" and c not in ("images",)]
         rest = [c for c in table.columns if c not in fixed]

@@ -53,7 +53,7 @@ def render(tables: Tables, built: Built, judged: pd.DataFrame) -> str:
             for name in SECTIONS
         ),
         "provenance": provenance(tables),
-        "data": json.dumps(viewer(tables)),
+        "data": json.dumps(viewer(tables)).replace("<", "\\u003c"),  # nothing in it can end the script
     }
     text = TEMPLATE.read_text()
     for name, content in parts.items():
@@ -195,18 +195,10 @@ def picture(tables: Tables, name: str, figure: Figure, runs: list[str]) -> str:
 
 def provenance(tables: Tables) -> str:
     rows = [
-        [
-            html.escape(r.run),
-            r.training,
-            str(r.seed),
-            str(r.tasks),
-            f"{r.steps:,}",
-            f"{r.seconds / 60:.1f}",
-            r.git,
-            r.torch,
-        ]
+        [html.escape(str(cell)) for cell in (r.run, r.training, r.seed, r.tasks, f"{r.steps:,}", f"{r.seconds / 60:.1f}",
+                                             r.git, r.torch)]
         for r in tables["runs.csv"].itertuples()
-    ]
+    ]  # fmt: skip
     return table(["run", "training", "seed", "tasks", "steps", "minutes", "commit", "torch"], rows)
 
 

@@ -14,20 +14,24 @@ METRICS = ("Last", "Avg", "Fgt")
 
 @style.look()
 def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: float | None = None) -> Figure:
-    """A panel a metric, in percent: a dot a run, a line through the means over seeds. marked: the paper's choice, dotted.
+    """A panel a metric, in percent: a dot a run, a line through the means over the seeds that are there at every value, so that
+    it compares like with like; dots of other seeds are hollow. marked: the paper's choice, dotted.
 
     frame: COLUMNS. Raises ValueError for an empty one.
     """
     if frame.empty:
         raise ValueError("no sweep to draw")
     values = sorted(frame["value"].unique())
+    at = frame.groupby("seed")["value"].nunique()
+    common = frame["seed"].isin(at.index[at == len(values)])
     figure = Figure(figsize=(6.8, 2.1))
     panels = figure.subplots(1, len(METRICS))
     for axes, metric, colour in zip(panels, METRICS, (style.BLUE, style.ORANGE, style.GREEN), strict=True):
-        rows = frame[frame["metric"] == metric]
+        rows, others = (frame[(frame["metric"] == metric) & chosen] for chosen in (common, ~common))
         if marked is not None:
             axes.axvline(marked, color=style.REFERENCE, linestyle=":", linewidth=1)
-        axes.plot(rows["value"], rows["percent"], "o", color=colour, markersize=3, alpha=0.5)
+        axes.plot(rows["value"], rows["percent"], "o", color=colour, markersize=3)
+        axes.plot(others["value"], others["percent"], "o", color=colour, markersize=3, fillstyle="none")
         means = rows.groupby("value")["percent"].mean()
         axes.plot(means.index, means, color=colour)
         if logarithmic:

@@ -138,6 +138,17 @@ def test_sweeps_use_the_runs_of_the_systems_where_settings_are_theirs(built):
     np.testing.assert_allclose(figure.axes[1].lines[-1].get_ydata(), means)
 
 
+def test_the_line_of_a_sweep_is_over_seeds_that_are_at_every_value():
+    rows = [
+        (value, seed, metric, 10 * value + 5 * seed) for value in (0, 1) for seed in (0, 1) for metric in sweeps.METRICS
+    ]
+    frame = pd.DataFrame(rows, columns=sweeps.COLUMNS)
+    figure = sweeps.draw(frame[~((frame["value"] == 1) & (frame["seed"] == 1))], "x")  # seed 1 is at 0 alone
+    dots, hollow, line = figure.axes[0].lines
+    assert line.get_ydata().tolist() == [0, 10] and dots.get_ydata().tolist() == [0, 10]
+    assert hollow.get_ydata().tolist() == [5] and hollow.get_fillstyle() == "none"
+
+
 def test_curves_are_over_all_classes_seen(built):
     frame, figure, _ = built["curves"]
     row = frame[(frame["title"] == "baseline") & (frame["training"] == "incremental") & (frame["classes"] == 4)].iloc[0]
@@ -152,7 +163,8 @@ def test_curves_are_over_all_classes_seen(built):
 
 
 def test_transfer_is_averaged_over_seeds(built):
-    frame, _, _ = built["fig5"]
+    frame, figure, _ = built["fig5"]
+    assert figure.axes[0].get_title() == "baseline, 3 seeds"
     rows = frame[(frame["layer"] == "block 1") & (frame["control"] == "none") & (frame["task"] == 0)]
     assert set(rows["run"]) == {f"{t}, 3 seeds" for t in ("baseline", "baseline + LPA", "DyTox", "DyTox + LPA")}
     assert rows["accuracy"].iloc[0] == pytest.approx(0.5 - 0.01)

@@ -37,10 +37,14 @@ class NotRun(ValueError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A figure or table: build(tables) gives what is drawn, as a tidy frame, and the drawing; and the runs behind it."""
+    """A figure or table: build(tables) gives what is drawn, as a tidy frame, and the drawing; and the runs behind it.
+
+    kinds: the measurements that it shows, beside accuracy.
+    """
 
     title: str
     build: Callable[[Tables], tuple[pd.DataFrame, Figure | str, Iterable[str]]]
+    kinds: tuple[str, ...] = ()
 
 
 def load(folder: str | Path) -> dict[str, pd.DataFrame]:
@@ -81,7 +85,7 @@ def write(built: Built, tables: Tables, out: str | Path, echo: Callable[[str], N
             continue
         frame, drawn, runs = found
         atomically(out / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
-        _write(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance(tables, runs)}\n")
+        _write(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance(tables, name, runs)}\n")
         if isinstance(drawn, str):
             _write(out / f"{name}.md", drawn)
             echo(f"wrote {out / name}.md, .csv")
@@ -104,21 +108,24 @@ def _write(path: Path, text: str) -> None:
     atomically(path, lambda part: Path(part).write_text(text))
 
 
-def provenance(tables: Tables, runs: Iterable[str]) -> str:
-    """A line: scale, how many runs and seeds, on which images, by which commits and torch."""
+def provenance(tables: Tables, name: str, runs: Iterable[str]) -> str:
+    """A line: scale, how many runs and seeds, by which commits and torch, and the images that NAME's measurements took."""
     rows = tables["runs.csv"].set_index("run").loc[list(dict.fromkeys(runs))]
     if rows.empty:
         return "Not run."
     measured = tables["measurements.csv"]
-    measured = measured[measured["run"].isin(rows.index)]
-    seeds = ", ".join(map(str, sorted(rows["seed"].unique())))
-    sizes = measured[measured["sha256"] != ""].drop_duplicates(["kind", "sha256"])
-    shown = "; ".join(f"{r.kind}: {r.images} images of {r.source} ({r.sha256[:8]})" for r in sizes.itertuples())
+    measured = measured[measured["run"].isin(rows.index) & measured["kind"].isin(ARTIFACTS[name].kinds)]
+    seeds = sorted(rows["seed"].unique())
+    seeds_words = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    shown = [
+        f"{kind}: {images} images of {source} ({', '.join(sha[:8] for sha in same['sha256'].unique())})"
+        for (kind, images, source), same in measured[measured["sha256"] != ""].groupby(["kind", "images", "source"])
+    ]
     words = [
-        f"Scale {rows['scale'].iloc[0]}", f"{len(rows)} runs, seeds {seeds}", f"{rows['steps'].sum()} training steps",
+        f"Scale {rows['scale'].iloc[0]}", f"{len(rows)} runs, {seeds_words}", f"{rows['steps'].sum()} training steps",
         f"trained at {', '.join(sorted(rows['git'].unique()))} with torch {', '.join(sorted(rows['torch'].unique()))}",
     ]  # fmt: skip
-    return "; ".join(words + [shown] * bool(shown)) + "."
+    return "; ".join(words + shown) + "."
 
 
 def title_of(row: pd.Series) -> str:
@@ -267,7 +274,7 @@ def distances_of(tables: Tables, methods: tuple[str, ...], lpa: tuple[bool, ...]
     names = runs[runs["training"] == "incremental"].drop_duplicates("title").set_index("title")["pair"]
     runs["pair"] = [names.get(title, pair) for title, pair in zip(runs["title"], runs["pair"], strict=True)]
     rows = tables["nonlocality.parquet"].drop(columns=["pair", "training"])
-    rows = rows.merge(runs[["run", "pair", "group", "training"]], on="run")
+    rows = runs[["run", "pair", "group", "training"]].merge(rows, on="run")  # in the order of the systems
     numbers = [c for c, (dtype, _) in NONLOCALITY.values.items() if dtype == "float64"]
     keys = ["group", "pair", "training", "kind", "extent", "task", "layer", "head"]
     means = rows.groupby(keys, as_index=False, sort=False)[[*numbers, "images"]].mean()
@@ -431,18 +438,26 @@ def table2(tables: Tables):
 ARTIFACTS: dict[str, Artifact] = {
     "fig1": Artifact("Figure 1: class-incremental learning and catastrophic forgetting", fig1),
     "fig2": Artifact(
-        "Figure 2: locality degradation, attention of the middle patch and D_loc of the deepest layer", fig2
+        "Figure 2: locality degradation, attention of the middle patch and D_loc of the deepest layer",
+        fig2,
+        ("attention", "nonlocality"),
     ),
-    "fig3": Artifact("Figure 3: attention of the middle patch in the middle layer, joint training against CIL", fig3),
-    "fig4": Artifact("Figure 4: D_loc of each layer over the tasks, CIL against joint training", fig4),
-    "fig5": Artifact("Figure 5: transferability and locality of each layer", fig5),
-    "fig6": Artifact("Figure 6: D_loc of each layer over the tasks, without and with LPA", fig6),
+    "fig3": Artifact(
+        "Figure 3: attention of the middle patch in the middle layer, joint training against CIL", fig3, ("attention",)
+    ),
+    "fig4": Artifact(
+        "Figure 4: D_loc of each layer over the tasks, CIL against joint training", fig4, ("nonlocality",)
+    ),
+    "fig5": Artifact("Figure 5: transferability and locality of each layer", fig5, ("nonlocality", "transfer")),
+    "fig6": Artifact("Figure 6: D_loc of each layer over the tasks, without and with LPA", fig6, ("nonlocality",)),
     "fig7": Artifact(
-        "Figure 7: covariance eigenvalues of the token that the newest head is fed, with and without LPA", fig7
+        "Figure 7: covariance eigenvalues of the token that the newest head is fed, with and without LPA",
+        fig7,
+        ("spectrum",),
     ),
     "fig8": Artifact("Figure 8: accuracy against lambda at initialisation", fig8),
     "fig9": Artifact("Figure 9: accuracy against the number of LPA layers", fig9),
-    "gap": Artifact("D_loc of CIL minus that of joint training, layers by tasks", gaps),
+    "gap": Artifact("D_loc of CIL minus that of joint training, layers by tasks", gaps, ("nonlocality",)),
     "curves": Artifact("Accuracy over all classes seen so far", curves),
     "table1": Artifact("Table 1: CIFAR-100, ours beside the published", table1),
     "table2": Artifact("Table 2: ImageNet-100, ours beside the published", table2),

@@ -75,9 +75,10 @@ def table(header: list[str], rows: list[list[str]], caption: str = "", classes: 
         f'<tr><th scope="row">{row[0]}</th>' + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in row[1:]) + "</tr>"
         for row in rows
     )  # fmt: skip
-    caption = f"<caption>{caption}</caption>" if caption else ""
-    whole = f"{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{classes}">{whole}</table></div>'
+    # Not in a <caption>, which would be as wide as the table, and a window may be narrower.
+    above, label = (f'<p class="caption">{caption}</p>', f' aria-label="{caption}"') if caption else ("", "")
+    whole = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'{above}<div class="scroll"><table class="{classes}"{label}>{whole}</table></div>'
 
 
 def summary(tables: Tables) -> str:
@@ -156,7 +157,7 @@ def heat(frame: pd.DataFrame) -> str:
             texts = [
                 f'<td class="{"more" if c.difference > 0 else "less"}" style="--share:{abs(c.difference) / most:.2f}" '
                 f'title="{c.low:+.3f} to {c.high:+.3f}, 95 % over {c.n} {c.over}">'
-                + (f"<b>{c.difference:+.3f}</b>" if c.low > 0 or c.high < 0 else f"{c.difference:+.3f}") + "</td>"
+                + ("<b>{}</b>" if c.low > 0 or c.high < 0 else "{}").format(f"{round(c.difference, 3) + 0:+.3f}") + "</td>"
                 for c in cells.sort_values("task").itertuples()
             ]  # fmt: skip
             body.append([f"layer {layer + 1}", *texts])
@@ -177,7 +178,7 @@ def accuracy(tables: Tables, name: str, frame: pd.DataFrame, runs: list[str]) ->
             texts.append("not run" if np.isnan(ours) else f"{ours:.2f}{spread}")
         rows.append([f"{html.escape(scenario)}, {html.escape(title)}", *texts, str(int(cells["seeds"].iloc[0]) or "")])
     header = ["", *(f"{m}, {who}" for m in paper_tables.METRICS for who in ("published", "ours")), "seeds"]
-    behind = html.escape(paper.provenance(tables, runs))
+    behind = html.escape(paper.provenance(tables, name, runs))
     caption = f"{ARTIFACTS[name].title}, percent, ± standard deviation over seeds. {behind}"
     return table(header, rows, caption, "numbers")
 
@@ -188,8 +189,8 @@ def picture(tables: Tables, name: str, figure: Figure, runs: list[str]) -> str:
         figure.savefig(file, format="png", dpi=144, metadata=style.METADATA[".png"])
     title = html.escape(ARTIFACTS[name].title)
     return (
-        f'<figure id="{name}"><img src="{uri(file.getvalue())}" alt="{title}" loading="lazy"><figcaption>{title}. '
-        f"{html.escape(paper.provenance(tables, runs))}</figcaption></figure>"
+        f'<figure id="{name}"><img src="{uri(file.getvalue())}" alt="{title}"><figcaption>{title}. '
+        f"{html.escape(paper.provenance(tables, name, runs))}</figcaption></figure>"
     )
 
 

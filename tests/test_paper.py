@@ -91,6 +91,13 @@ def test_distances_are_means_over_seeds_with_their_intervals(built):
     assert "baseline, 3 seeds" in figure.subfigs[0].get_suptitle()
 
 
+def test_the_baseline_is_above_lpa_in_whatever_order_they_were_measured(tables):
+    rows = tables["nonlocality.parquet"]
+    for order in (rows, rows[::-1]):
+        _, figure, _ = paper.build(tables | {"nonlocality.parquet": order}, ["fig6"])["fig6"]
+        assert ["LPA" in part.get_suptitle() for part in figure.subfigs[:2]] == [False, True]
+
+
 def test_one_seed_has_its_interval_over_images():
     frame, _, _ = paper.build(made_up.make(seeds=1), ["fig4"])["fig4"]
     assert set(frame["over"]) == {"images"} and set(frame["n"]) == {made_up.IMAGES}
@@ -233,6 +240,7 @@ def test_command_writes_each_figure_with_its_table_and_provenance_byte_by_byte_t
     assert (
         "6 runs, seeds 0, 1, 2" in line and "trained at abc" in line and "nonlocality: 8 images of digits, test" in line
     )
+    assert "transfer" not in line and "transfer: " in (tmp_path / "a/fig5.txt").read_text()
 
 
 def test_a_drawing_of_what_is_no_longer_there_goes(tables, tmp_path):

@@ -169,6 +169,11 @@ def test_runs_of_equal_settings_are_one(scale, tmp_path):
     assert set(of) - {"claims", "report"} <= set(ARTIFACTS)
 
 
+def test_what_a_drawing_shows_is_what_it_needs():
+    for name, artifact in ARTIFACTS.items():
+        assert {kind for _, _, kind in needs("small")[name]} - {"accuracy"} == set(artifact.kinds), name
+
+
 def test_scales_cover_what_the_issue_of_each_is():
     small, paper = (jobs_of(needs(scale)["report"], making.Path("runs"), "data") for scale in ("small", "paper"))
     names = {job.name for job in small.values()}

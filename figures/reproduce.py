@@ -169,11 +169,15 @@ def reproduce(
         echo(f"nothing to do: {out / 'report.html' if 'report' in names else out / 'figures'} is up to date")
         return
     echo(describe(scale, names, of, jobs, open_, to_train, study, place, device))
+    absent = lacking(to_train)
     if dry_run:
+        for words in absent:
+            echo(f"data: {words}")
         return
     failed = measure()
+    if absent:
+        raise ValueError("\n".join(absent))
     if to_train:
-        lacking(to_train)
         table = sweep.sweep(sweep.planned(to_train), place, out)
         failed += [f"{row.run}: {row.reason}" for row in table.itertuples() if row.state == "failed"]
         failed += measure()
@@ -219,13 +223,15 @@ def read_stamp(out: Path) -> str:
     return (out / ".drawn").read_text() if (out / ".drawn").is_file() else ""
 
 
-def lacking(jobs: list[Job]) -> None:
-    """Raises ValueError that says which data are not there and how to get them."""
+def lacking(jobs: list[Job]) -> list[str]:
+    """For each data set that the jobs need and that is not there, what was looked for and how to get it."""
+    found = []
     for run in {(job.run.dataset, job.run.image_size): job.run for job in jobs}.values():
         try:
             load_dataset(run)
         except ValueError as error:
-            raise ValueError(f"{error}\n{HOW_TO_GET.get(run.dataset, '')}".rstrip()) from None
+            found.append(f"{error}\n{HOW_TO_GET.get(run.dataset, '')}".rstrip())
+    return found
 
 
 def describe(

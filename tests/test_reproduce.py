@@ -154,6 +154,9 @@ def test_data_that_are_not_there_are_asked_for_after_the_plan(tmp_path, monkeypa
     assert run.exit_code == 1 and "9 runs to train" in run.output
     assert f"no CIFAR-100 in {tmp_path}" in run.output and "--download" in run.output
     assert not list((tmp_path / "out").rglob("run.json"))
+    run = CliRunner().invoke(main, [*words[:2], "paper", *words[3:], "--only", "fig1,table2", "--dry-run"])
+    assert run.exit_code == 0
+    assert f"data: no CIFAR-100 in {tmp_path}" in run.output and f"data: no ImageNet in {tmp_path}" in run.output
 
 
 @pytest.mark.parametrize("scale", ["demo", "small", "paper"])

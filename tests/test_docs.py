@@ -5,9 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from figures import claims, paper
 from locality_probe.cli import main
+from locality_probe.tables import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -76,3 +79,22 @@ def test_make_targets_named_in_the_readme_exist():
 def test_no_text_is_left_to_fill_in():
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "data/README.md"]:
         assert not re.findall(r"^[A-Z]+_[A-Z]+$", path.read_text(), flags=re.M)
+
+
+def test_the_readme_says_what_the_committed_study_says():
+    tables = paper.load(ROOT / "data/results/small")
+    judged = claims.judge(tables)
+    pd.testing.assert_frame_equal(CLAIMS.read(ROOT / "docs/small/claims.csv"), judged, check_dtype=False)
+    whole = judged[judged["part"] == ""].set_index("claim")["verdict"].str.removesuffix(" at this scale")
+    assert dict(re.findall(r"^\| (C\d) [^|]*\| \**([a-z ]+?)\** \|", README, flags=re.M)) == whole.to_dict()
+
+    frame = paper.build(tables, ["table1"])["table1"][0].dropna(subset="ours")
+    cells = re.findall(
+        r"^\| \S* ?\| .* \| ([\d.]+ / [\d.]+ / [\d.]+) \| ([\d.]+ / [\d.]+ / [\d.]+) \| (\d) \|$", README, flags=re.M
+    )
+    expected = []
+    for _, of in frame.groupby(["scenario", "system"], sort=False):
+        published, ours = (" / ".join(f"{x:.2f}" for x in of[who]) for who in ("published", "ours"))
+        expected.append((published, ours, str(of["seeds"].iloc[0])))
+    assert cells == expected
+    assert f"{tables['runs.csv']['steps'].sum():,}".replace(",", " ") in README

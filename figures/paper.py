@@ -25,7 +25,7 @@ from figures import (
     transfer,
 )
 from figures.attention_examples import Example
-from figures.claims import Tables, depth_sweep, first_setting, lambda_sweep, percents, scope, systems
+from figures.claims import MIN_SEEDS, Tables, depth_sweep, first_setting, lambda_sweep, percents, scope, systems
 from locality_probe.intervals import intervals
 from locality_probe.study import Study
 from locality_probe.tables import CLAIMS, INITIAL, INTERVALS, NONLOCALITY, STUDY, TRANSFER
@@ -470,7 +470,9 @@ def claims_page(judged: pd.DataFrame) -> str:
     lines = [
         "# The paper's claims", "",
         f"Scale `{scale}`. Statistics and rule were fixed beforehand: `figures/claims.py`. Above 0 is what the paper says. "
-        "Intervals: 95 %, Student's t over seeds, for all parts of a claim at once; in brackets bootstrap over images.", "",
+        "Intervals are 95 %: Student's t over seeds, for all parts of a claim at once, and bootstrap over images. A part "
+        f"holds where both lie above 0, does not hold where both lie below; fewer than {MIN_SEEDS} seeds decide nothing.",
+        "A claim holds if all its parts do, and does not hold if one of them does not.", "",
         "| claim | verdict | why |", "|---|---|---|",
     ]  # fmt: skip
     for row in judged[judged["part"] == ""].itertuples():

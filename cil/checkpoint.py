@@ -66,9 +66,9 @@ class RunDir:
 
     @property
     def planned_tasks(self) -> list[int]:
-        """Tasks that a model is trained for: all, or the last one alone for terminal joint training."""
+        """Tasks that a model is trained for: all, or the last one alone for joint training on all classes at once."""
         tasks = list(range(len(self.scenario)))
-        return tasks[-1:] if self.run.training == "joint-terminal" else tasks
+        return tasks[-1:] if self.run.training in ("joint-terminal", "joint-as-long") else tasks
 
     @property
     def tasks(self) -> list[int]:

@@ -49,7 +49,7 @@ def accuracy_rows(
 
 
 def matrix(accuracy: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy table -> (a [T, T], sizes [T]); a task without a model (terminal joint training) is a row of NaN."""
+    """Accuracy table -> (a [T, T], sizes [T]); a task without a model (joint-terminal, joint-as-long) is a row of NaN."""
     sizes = accuracy.groupby("on_task")["images"].first()
     a = accuracy.pivot(index="task", columns="on_task", values="accuracy").reindex(index=sizes.index)
     return a.to_numpy(), sizes.to_numpy()

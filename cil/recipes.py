@@ -7,7 +7,8 @@
 
 A name is SCALE[-imagenet][-SCENARIO]-METHOD: paper-b50-5-dytox-lpa, demo-baseline. Sweeps end in -lambda-VALUE or
 -nlpa-COUNT. Train one with `locality-probe train NAME --out DIR`; its joint counterpart is NAME-joint (a model per step) or
-NAME-joint-terminal (one model on all classes). A new recipe is a function with @recipe.
+NAME-joint-terminal (one model on all classes) or NAME-joint-as-long (the same for as many steps as NAME takes in all). A new
+recipe is a function with @recipe.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ def find(name: str) -> Run:
     base, training = split(name)
     if base not in RECIPES:
         near = difflib.get_close_matches(base, RECIPES, n=3) or sorted(RECIPES)
-        raise ValueError(f"no recipe {name!r}; there: {', '.join(near)} (each also with -joint, -joint-terminal)")
+        raise ValueError(
+            f"no recipe {name!r}; there: {', '.join(near)} (each also with -joint, -joint-terminal, -joint-as-long)"
+        )
     return replace(RECIPES[base](), recipe=name, training=training)
 
 
 def split(name: str) -> tuple[str, str]:
     """A name -> (the name of its incremental run, training)."""
-    for training in ("joint-terminal", "joint"):
+    for training in ("joint-as-long", "joint-terminal", "joint"):
         if name.endswith("-" + training):
             return name.removesuffix("-" + training), training
     return name, "incremental"

@@ -25,7 +25,9 @@ class Run:
 
     recipe: str = ""  # the name it was made from
     seed: int = 0
-    training: str = "incremental"  # incremental | joint (per step: a fresh model on tasks 0..t) | joint-terminal
+    # incremental | joint (per step: a fresh model on tasks 0..t) | joint-terminal (one on all classes) | joint-as-long (the
+    # same for as many steps as the incremental run takes in all)
+    training: str = "incremental"
 
     # data
     dataset: str = "cifar100"  # digits | cifar100 | imagenet100 | folder:PATH
@@ -174,9 +176,9 @@ class Run:
             raise ValueError(f"memory_mode={self.memory_mode} does not divide batch_size={self.batch_size}")
         return int(match[1]) if match else 1
 
-    def joint(self, terminal: bool = False) -> Run:
+    def joint(self, training: str = "joint") -> Run:
         """The joint-learning counterpart: same everything but `training`."""
-        return dataclasses.replace(self, training="joint-terminal" if terminal else "joint")
+        return dataclasses.replace(self, training=training)
 
     def is_twin_of(self, other: Run) -> bool:
         """Whether the two are equal in everything that the science depends on, except `training`."""
@@ -185,7 +187,7 @@ class Run:
 
 
 CHOICES = {
-    "training": ("incremental", "joint", "joint-terminal"),
+    "training": ("incremental", "joint", "joint-terminal", "joint-as-long"),
     "class_order": ("icarl", "imagenet100", "alphabetical"),
     "method": METHODS,
     "attention": ATTENTION,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,16 @@ def main_phase(directory: RunDir, task: int, indices: Tensor) -> Phase:
     epochs, lr = (run.epochs_first, run.lr_first) if first else (run.epochs, run.lr)
     cosine = run.cosine_epochs_first if first and run.cosine_epochs_first else epochs
     return Phase("fit", task, indices, epochs, lr, run.batch_size, cosine)
+
+
+def joint_phase(directory: RunDir, dataset: Dataset, task: int, indices: Tensor) -> Phase:
+    """The joint counterpart at `task`. joint-as-long: as many epochs as fit into all steps of its incremental twin."""
+    phase = main_phase(directory, task, indices)
+    if directory.run.training != "joint-as-long":
+        return phase
+    twin = replace(directory, run=replace(directory.run, training="incremental"))
+    epochs = max(1, round(total_steps(plan(twin, dataset)) / phase.steps))
+    return replace(phase, epochs=epochs, cosine=epochs)
 
 
 def finetune_phase(directory: RunDir, task: int, exemplars: Tensor) -> Phase:
@@ -108,7 +118,7 @@ def plan(directory: RunDir, dataset: Dataset) -> list[Phase]:
     phases = []
     for task in directory.planned_tasks:
         if run.training != "incremental":
-            phases.append(main_phase(directory, task, _any(sum(sizes[: task + 1]))))
+            phases.append(joint_phase(directory, dataset, task, _any(sum(sizes[: task + 1]))))
             continue
         kept = memory_size(directory, dataset, task - 1) if task else 0
         phases.append(main_phase(directory, task, _any(sizes[task] + kept)))

@@ -31,6 +31,7 @@ from cil.schedule import (
     epoch_batches,
     exemplars,
     finetune_phase,
+    joint_phase,
     learning_rate,
     main_phase,
     plan,
@@ -148,10 +149,10 @@ def learn_increment(
 
 
 def learn_jointly(directory: RunDir, dataset: Dataset, task: int, session: Session) -> Incremental:
-    """The joint counterpart at `task`: a fresh model on all classes of tasks 0..task, the same epochs, nothing else."""
+    """The joint counterpart at `task`: a fresh model on all classes of tasks 0..task, and nothing else."""
     indices = directory.scenario[: task + 1].select(dataset.train.labels)
     model = directory.new_model(task).to(session.device)
-    return fit(directory, dataset, model, main_phase(directory, task, indices[None]), None, session)
+    return fit(directory, dataset, model, joint_phase(directory, dataset, task, indices[None]), None, session)
 
 
 def fit(

@@ -102,8 +102,9 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     """Train RECIPE class after class, or go on with it where it was.
 
     NAME-joint is the joint counterpart of recipe NAME: a fresh model for each task on all classes seen by then;
-    NAME-joint-terminal is one model on all classes. `locality-probe recipes` lists the names. The same run on several
-    processes: torchrun --nproc-per-node N -m locality_probe train RECIPE.
+    NAME-joint-terminal is one model on all classes, NAME-joint-as-long the same for as many steps as NAME takes in all.
+    `locality-probe recipes` lists the names. The same run on several processes: torchrun --nproc-per-node N -m
+    locality_probe train RECIPE.
     """
     from cil import data, recipes
 
@@ -180,7 +181,7 @@ def sweep(recipes, seeds, settings, out, data_dir, executor, workers, threads, s
 @main.command()
 @click.argument("text", default="")
 def recipes(text) -> None:
-    """List the recipes whose names hold TEXT; each also has -joint and -joint-terminal."""
+    """List the recipes whose names hold TEXT; each also has -joint, -joint-terminal and -joint-as-long."""
     from cil.recipes import RECIPES
 
     found = {name: function for name, function in RECIPES.items() if text in name}

@@ -116,7 +116,11 @@ def format_table(frame: pd.DataFrame, sure: pd.DataFrame | None = None) -> str:
         first = rows.iloc[0]
         names = rows.drop_duplicates("training").set_index("training")["run"]
         means = rows.groupby(["task", "layer", "training"])["d_loc"].mean()
-        trainings = [t for t in ("incremental", "joint", "joint-terminal", "model") if t in set(rows["training"])]
+        trainings = [
+            t
+            for t in ("incremental", "joint", "joint-terminal", "joint-as-long", "model")
+            if t in set(rows["training"])
+        ]
         layers = sorted(rows["layer"].unique())
         kinds = rows.drop_duplicates("layer").set_index("layer")["kind"]
         windows = set(rows.loc[rows["extent"] == "window", "layer"])

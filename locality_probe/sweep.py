@@ -63,7 +63,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def expand(names: list[str], seeds: list[int] | None, settings: list[str], out: Path) -> list[Job]:
-    """Each recipe with each seed in out/BASE-sSEED[-joint|-joint-terminal], or without seeds in out/RECIPE.
+    """Each recipe with each seed in out/BASE-sSEED[-TRAINING], like -joint, or without seeds in out/RECIPE.
 
     The kind of training stays last in the name, because that is how a run's joint twin is found.
     Raises ValueError for a recipe that is unknown or given twice, and for settings that do not fit.

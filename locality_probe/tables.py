@@ -28,7 +28,7 @@ NONLOCALITY = Table(
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
         "training": (
             "str",
-            "incremental | joint (a fresh model a task) | joint-terminal | model (not one of our runs)",
+            "incremental | joint (a fresh model a task) | joint-terminal | joint-as-long | model (not one of our runs)",
         ),
         "kind": ("str", "class of the attention layer"),
         "extent": ("str", "grid: over the whole image | window: inside each window, as in Swin"),
@@ -130,7 +130,7 @@ SPECTRUM_SUMMARY = Table(
     keys=_FEATURES,
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
-        "training": ("str", "incremental | joint | joint-terminal"),
+        "training": ("str", "incremental | joint | joint-terminal | joint-as-long"),
         "images": ("int64", "images of the group"),
         "dimension": ("int64", "of the features"),
         "trace": ("float64", "sum of the eigenvalues"),
@@ -160,7 +160,7 @@ TRANSFER = Table(
     },
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
-        "training": ("str", "incremental | joint | joint-terminal"),
+        "training": ("str", "incremental | joint | joint-terminal | joint-as-long"),
         "classes": ("int64", "in the group"),
         "train_images": ("int64", "that the probe was trained on"),
         "test_images": ("int64", "that it was tested on"),
@@ -240,7 +240,7 @@ SWEEP = Table(
     "sweep",
     keys={"run": ("str", "name of the run directory")},
     values={
-        "recipe": ("str", "recipe that it was made from, with -joint or -joint-terminal"),
+        "recipe": ("str", "recipe that it was made from, with -joint, -joint-terminal or -joint-as-long"),
         "seed": ("int64", "its seed"),
         "state": ("str", "waiting | running | running elsewhere (another process trains it) | finished | failed"),
         "tasks": ("int64", "finished tasks"),
@@ -268,7 +268,10 @@ RUNS = Table(
         "n_lpa": ("int64", "LPA blocks, from the shallow end"),
         "lpa_blocks": ("int64", "blocks that could be LPA"),
         "lambda_init": ("float64", "of LPA"),
-        "training": ("str", "incremental | joint (a fresh model a task)"),
+        "training": (
+            "str",
+            "incremental | joint (a fresh model a task) | joint-as-long (one, with as many steps as CIL)",
+        ),
         "seed": ("int64", "of every random draw"),
         "tasks": ("int64", "trained"),
         "classes": ("int64", "in all tasks"),

@@ -31,7 +31,9 @@ def data_of(run: Run) -> Dataset:
 
 
 def test_every_recipe_survives_json():
-    for name in (name + training for name in RECIPES for training in ("", "-joint", "-joint-terminal")):
+    for name in (
+        name + training for name in RECIPES for training in ("", "-joint", "-joint-terminal", "-joint-as-long")
+    ):
         run = recipes.find(name)
         assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run and run.recipe == name
 

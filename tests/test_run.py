@@ -9,7 +9,7 @@ from cil.run import Run, randomness
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-@pytest.mark.parametrize("kind", ["", "-joint", "-joint-terminal"])
+@pytest.mark.parametrize("kind", ["", "-joint", "-joint-terminal", "-joint-as-long"])
 def test_every_recipe_survives_json_and_has_a_twin(name, kind):
     run = recipes.find(name + kind)
     assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
@@ -22,7 +22,7 @@ def test_every_recipe_survives_json_and_has_a_twin(name, kind):
 def test_twins_differ_in_training_alone():
     run = Run()
     assert not run.joint().is_twin_of(dataclasses.replace(run, mixup=0.0))
-    assert run.joint(terminal=True).training == "joint-terminal"
+    assert run.joint("joint-terminal").training == "joint-terminal"
 
 
 def test_settings():

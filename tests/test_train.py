@@ -12,7 +12,7 @@ from cil import checkpoint, recipes
 from cil.checkpoint import open_run
 from cil.data import CIFAR100_MEAN, CIFAR100_STD, Dataset, ImageSet
 from cil.run import Run
-from cil.schedule import finetune_phase, learning_rate, main_phase, plan
+from cil.schedule import finetune_phase, learning_rate, main_phase, plan, total_steps
 from cil.train import Learner, Session, fit, frozen_parts, in_class_order, load_dataset, teach, train
 
 
@@ -31,7 +31,12 @@ def directory_of(run, labels):
 
 @pytest.mark.parametrize(
     "name, steps",
-    [("baseline", 156_560), ("baseline-lpa", 156_560), ("baseline-joint", 640_100)],
+    [
+        ("baseline", 156_560),
+        ("baseline-lpa", 156_560),
+        ("baseline-joint", 640_100),
+        ("baseline-joint-as-long", 156_585),
+    ],
 )
 def test_published_number_of_steps(name, steps, cifar_labels):
     directory = directory_of(recipes.find(f"paper-b10-10-{name}"), cifar_labels)
@@ -60,7 +65,7 @@ def test_learning_rate_of_the_protocol(cifar_labels):
     assert 1e-5 < learning_rate(run, later, 599) < 1.01e-5
     fine = finetune_phase(directory, 1, torch.arange(2000)[None])
     assert {learning_rate(run, fine, epoch) for epoch in range(20)} == {5e-5}
-    terminal = directory_of(run.joint(terminal=True), cifar_labels)  # its one task is its first
+    terminal = directory_of(run.joint("joint-terminal"), cifar_labels)  # its one task is its first
     assert main_phase(terminal, 9, torch.arange(50_000)[None]).epochs == 500
 
 
@@ -244,10 +249,23 @@ def test_finished_run_is_left_alone(toy_runs, toy, tmp_path):
 
 
 def test_terminal_joint_training(toy, tmp_path):
-    run = train(toy.joint(terminal=True), tmp_path / "toy-joint-terminal")
+    run = train(toy.joint("joint-terminal"), tmp_path / "toy-joint-terminal")
     assert run.tasks == [2] and run.twin_of == "toy" and run.joint_twin is None
     assert run.table("accuracy")[["task", "on_task"]].values.tolist() == [[2, 0], [2, 1], [2, 2]]
     assert not (run.path / "memory").exists()
+
+
+def test_joint_training_as_long_as_the_increments(toy, tmp_path):
+    """One model, all classes, the incremental run's steps to within half an epoch, over one cosine schedule."""
+    run, dataset = train(toy.joint("joint-as-long"), tmp_path / "toy-joint-as-long"), load_dataset(toy)
+    twin = checkpoint.describe("toy", toy, dataset)
+    increments = total_steps(plan(twin, in_class_order(dataset, twin)))
+    (phase,) = plan(run, in_class_order(dataset, run))
+    assert abs(total_steps([phase]) - increments) <= phase.steps / 2 and phase.cosine == phase.epochs
+    rows = run.table("training")
+    assert rows["steps"].sum() == total_steps([phase]) and (rows["task"] == 2).all()
+    assert run.tasks == [2] and run.twin_of == "toy"
+    assert rows["lr"].iloc[-1] == pytest.approx(learning_rate(run.run, phase, phase.epochs - 1))
 
 
 @pytest.mark.parametrize(

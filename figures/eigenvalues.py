@@ -7,24 +7,26 @@ from matplotlib.figure import Figure
 
 from figures import style
 
-COLUMNS = ["title", "task", "rank", "eigenvalue", "eigenvalue_normalised"]
+COLUMNS = ["title", "task", "rank", "eigenvalue", "eigenvalue_normalised", "ratio", "low", "high"]
 CONVENTIONS = {"eigenvalue": "eigenvalue", "eigenvalue_normalised": "eigenvalue / sum"}
 LOOKS = ({"color": style.BLUE}, {"color": style.ORANGE, "linestyle": "--"}, {"color": style.GREEN, "linestyle": ":"})
 
 
 @style.look()
 def draw(frame: pd.DataFrame) -> Figure:
-    """A column a task (counted from 1), a line a title: above the eigenvalues as they are, below over their sum, which the
-    norm of the features does not change; against their rank (from 1), both axes logarithmic.
+    """A column a task (counted from 1), a line a title: the eigenvalues as they are, over their sum, which the norm of the
+    features does not change, and as a multiple of the first title's; against their rank (from 1), axes logarithmic.
 
-    frame: COLUMNS. Raises ValueError for an empty one.
+    frame: COLUMNS; ratio with the interval low..high is NaN for the first title, the interval where there is none. Raises
+    ValueError for an empty one.
     """
     if frame.empty:
         raise ValueError("no eigenvalue to draw")
     tasks = sorted(frame["task"].unique())
-    figure = Figure(figsize=(1.6 * len(tasks) + 0.9, 4.0))
-    panels = figure.subplots(len(CONVENTIONS), len(tasks), squeeze=False, sharex=True, sharey="row")
-    for row, (column, label) in zip(panels, CONVENTIONS.items(), strict=True):
+    first, several = frame["title"].iloc[0], frame["ratio"].notna().any()
+    figure = Figure(figsize=(1.6 * len(tasks) + 0.9, 4.0 + 1.7 * several))
+    panels = figure.subplots(len(CONVENTIONS) + several, len(tasks), squeeze=False, sharex=True, sharey="row")
+    for row, (column, label) in zip(panels, CONVENTIONS.items(), strict=False):
         row[0].set_ylabel(label)
         for axes, task in zip(row, tasks, strict=True):
             lines = frame[frame["task"] == task].groupby("title", sort=False)
@@ -32,6 +34,17 @@ def draw(frame: pd.DataFrame) -> Figure:
                 values = values[values[column] > 1e-12 * values[column].max()]  # rounding is no eigenvalue
                 axes.plot(values["rank"] + 1, values[column], label=title, **how)
             axes.set(xscale="log", yscale="log")
+    for axes, task in zip(panels[-1] if several else [], tasks, strict=False):
+        axes.axhline(1, color=style.REFERENCE, linewidth=1)
+        lines = frame[frame["task"] == task].groupby("title", sort=False)
+        for (_, values), how in zip(lines, LOOKS, strict=False):
+            axes.fill_between(
+                values["rank"] + 1, values["low"], values["high"], color=how["color"], alpha=0.2, linewidth=0
+            )
+            axes.plot(values["rank"] + 1, values["ratio"], color=how["color"])
+        axes.set_xscale("log")
+    if several:
+        panels[-1, 0].set_ylabel(f"eigenvalue /\nthat of the {first}")
     for axes, task in zip(panels[0], tasks, strict=True):
         axes.set_title(f"task {task + 1}")
     for axes in panels[-1]:

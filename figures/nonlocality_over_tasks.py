@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from locality_probe.tables import INITIAL, INTERVALS, NONLOCALITY
+from locality_probe.tables import INITIAL, INTERVALS, NONLOCALITY, STEPS
 
 MAX_COLUMNS = 6  # panels beside each other; a pair with more layers goes on in a further row
 ROW = 2.0  # inches: uniform attention is far above, so the lines need height
@@ -21,6 +21,7 @@ SERIES = {  # training -> how it is drawn, in the order of the legend; shape tel
     "incremental": {"label": "CIL", "color": style.BLUE, "marker": "o", "zorder": 3},
     "joint": {"label": "joint", "color": style.ORANGE, "marker": "s", "markerfacecolor": "white"},
     "joint-terminal": {"label": "joint, last task only", "color": style.GREEN, "marker": "D", "linestyle": "none"},
+    "joint-as-long": {"label": "joint, as many steps as CIL", "color": style.GREEN, "marker": "D", "linestyle": "none"},
     "model": {"label": "model", "color": style.VERMILION, "marker": "^", "linestyle": "none"},
 }
 INITIALISED = {"label": "CIL at initialisation", "color": style.REFERENCE, "linestyle": "--", "linewidth": 1}
@@ -28,11 +29,12 @@ UNIFORM = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": 
 
 
 @style.look()
-def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None) -> Figure:
+def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None, steps: pd.DataFrame | None = None) -> Figure:
     """D_loc in patches, mean over heads, over the tasks (counted from 1): a row of panels a pair, a panel a layer.
 
     The panels of a pair share one scale, on which the way up to uniform attention is folded where that is far.
     intervals: a table INTERVALS, whose intervals of these very means are drawn as bands, those over seeds where there are any.
+    steps: a table STEPS; then the axis is how many thousand steps a network has taken by then, not which task it is at.
 
     `nonlocality` has the columns of NONLOCALITY; the value at initialisation (task -1) is the incremental run's.
     Raises ValueError for another table, an unknown training, or a table without a value.
@@ -48,6 +50,7 @@ def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None) -> Fi
     means = heads[["d_loc", "d_uniform"]].agg(lambda values: values.mean(skipna=False))
     means = means[means.groupby(["pair", "layer"])["d_loc"].transform("count") > 0]
     means = _with_bands(means, frame, intervals)
+    means["x"] = means["task"] + 1 if steps is None else _thousands(means, frame, steps)
     if means.empty:
         raise ValueError(f"table {NONLOCALITY.name} holds no value to draw")
 
@@ -60,12 +63,12 @@ def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None) -> Fi
     figure = Figure(figsize=(width, sum(heights) + 0.4))
     blocks = figure.subfigures(len(pairs), 1, squeeze=False, height_ratios=heights)
     for block, of_pair in zip(blocks[:, 0], pairs.values(), strict=True):
-        _draw_pair(block, of_pair, columns)
+        _draw_pair(block, of_pair, columns, "task" if steps is None else "steps since initialisation (thousands)")
 
     handles = {}
     for axes in figure.axes:
-        axes.set_xlim(0.5, max(means["task"].max(), 0) + 1.5)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.set_xlim(*(0.5, max(means["x"].max(), 1) + 0.5) if steps is None else (0, 1.05 * means["x"].max()))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=steps is None or means["x"].max() > 4, min_n_ticks=1))
         handles |= {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     labels = [how["label"] for how in (*SERIES.values(), INITIALISED, UNIFORM) if how["label"] in handles]
     ncols = len(labels) if width > 6 else 2
@@ -85,11 +88,18 @@ def _with_bands(means: pd.DataFrame, frame: pd.DataFrame, intervals: pd.DataFram
     return means.merge(own, on=["pair", "training", "task", "layer"], how="left")
 
 
-def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int) -> None:
-    """A panel a layer; `means` [kind, layer, training, task -> d_loc, d_uniform] of one pair, in patches."""
+def _thousands(means: pd.DataFrame, frame: pd.DataFrame, steps: pd.DataFrame) -> np.ndarray:
+    """Of each of `means`, the thousands of steps that its network had taken; 0 at initialisation."""
+    runs = frame[["pair", "training", "run"]].drop_duplicates(["pair", "training"])
+    found = means[["pair", "training", "task"]].merge(runs, how="left").merge(STEPS.check(steps), how="left")
+    return found["steps"].where(found["task"] != INITIAL, 0).to_numpy() / 1000
+
+
+def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int, label: str) -> None:
+    """A panel a layer; `means` [kind, layer, training, x -> d_loc, d_uniform] of one pair, in patches."""
     kinds = means.sort_values("layer")["kind"].unique()
     block.suptitle(f"{' + '.join(kinds)}  ({means['pair'].iloc[0]})", weight="bold")
-    block.supxlabel("task")
+    block.supxlabel(label)
     layers = means.groupby("layer")
     panels = block.subplots(math.ceil(layers.ngroups / columns), columns, squeeze=False, sharey=True)
     for axes in panels[:, 0]:
@@ -104,7 +114,7 @@ def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int) -> None:
 
 
 def _draw_layer(axes: Axes, means: pd.DataFrame) -> None:
-    """The reference lines and the series of one layer; `means` [training, task -> d_loc, d_uniform], in patches."""
+    """The reference lines and the series of one layer; `means` [training, task, x -> d_loc, d_uniform], in patches."""
     axes.axhline(means["d_uniform"].iloc[0], **UNIFORM)
     start = means[means["task"] == INITIAL]
     if len(start):
@@ -115,10 +125,10 @@ def _draw_layer(axes: Axes, means: pd.DataFrame) -> None:
             # Where the two agree, the dot of CIL lies inside the square of its joint twin.
             size = max(2, 4 - len(line) / 10) + (training != "incremental")
             if line["low"].notna().any():
-                axes.fill_between(
-                    line["task"] + 1, line["low"], line["high"], color=how["color"], alpha=0.2, linewidth=0
-                )
-            axes.plot(line["task"] + 1, line["d_loc"], markersize=size, clip_on=False, **how)
+                band = {"color": how["color"], "alpha": 0.2, "linewidth": 3 if len(line) == 1 else 0}
+                draw_band = axes.vlines if len(line) == 1 else axes.fill_between
+                draw_band(line["x"], line["low"], line["high"], **band)
+            axes.plot(line["x"], line["d_loc"], markersize=size, clip_on=False, **how)
 
 
 def _fold(axes: Axes, low: float, high: float, uniform: float) -> None:

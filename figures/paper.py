@@ -26,7 +26,7 @@ from figures import (
 )
 from figures.attention_examples import Example
 from figures.claims import MIN_SEEDS, Tables, depth_sweep, first_setting, lambda_sweep, percents, scope, systems
-from locality_probe.intervals import intervals
+from locality_probe.intervals import intervals, over_seeds
 from locality_probe.study import Study
 from locality_probe.tables import CLAIMS, INITIAL, INTERVALS, NONLOCALITY, STUDY, TRANSFER
 
@@ -84,7 +84,7 @@ def write(built: Built, tables: Tables, out: str | Path, echo: Callable[[str], N
             echo(f"{name}: not run ({found})")
             continue
         frame, drawn, runs = found
-        atomically(out / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
+        atomically(out / f"{name}.csv", lambda part, frame=frame: _nine_digits(frame).to_csv(part, index=False))
         _write(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance(tables, name, runs)}\n")
         if isinstance(drawn, str):
             _write(out / f"{name}.md", drawn)
@@ -99,9 +99,15 @@ def write_claims(judged: pd.DataFrame, out: str | Path, echo: Callable[[str], No
     """claims.csv and claims.md in the folder `out`."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    CLAIMS.write(judged, out / "claims.csv")
+    CLAIMS.write(_nine_digits(judged), out / "claims.csv")
     _write(out / "claims.md", claims_page(judged))
     echo(f"wrote {out / 'claims'}.csv, .md")
+
+
+def _nine_digits(frame: pd.DataFrame) -> pd.DataFrame:
+    """With numbers of nine significant digits: the last of sixteen differ from one CPU to the next."""
+    numbers = frame.select_dtypes("float")
+    return frame.assign(**numbers.map(lambda value: float(f"{value:.9g}")))
 
 
 def _write(path: Path, text: str) -> None:
@@ -141,10 +147,10 @@ def setting_title(setting: str) -> str:
     return f"{where} {setting.removeprefix('imagenet-').upper()}"
 
 
-def usual(tables: Tables) -> pd.DataFrame:
+def usual(tables: Tables, trainings: tuple[str, ...] = ("incremental", "joint")) -> pd.DataFrame:
     """The systems of the paper's tables, with or without joint training, by title; sweeps are left out."""
     runs = scope(tables["runs.csv"])
-    parts = [systems(runs, lpa, method, training) for training in ("incremental", "joint")
+    parts = [systems(runs, lpa, method, training) for training in trainings
              for method in ("baseline", "dytox") for lpa in (False, True)]  # fmt: skip
     kept = pd.concat(parts)
     return kept.assign(title=[title_of(row) for _, row in kept.iterrows()])
@@ -261,9 +267,14 @@ def fig3(tables: Tables):
     return frame, attention_examples.draw(frame, examples), runs["run"]
 
 
-def distances_of(tables: Tables, methods: tuple[str, ...], lpa: tuple[bool, ...]):
+def distances_of(
+    tables: Tables,
+    methods: tuple[str, ...],
+    lpa: tuple[bool, ...],
+    trainings: tuple[str, ...] = ("incremental", "joint"),
+):
     """NONLOCALITY and INTERVALS over seeds: a run is a title and a training, a pair a title; and the runs behind them."""
-    runs = first_setting(usual(tables))
+    runs = first_setting(usual(tables, trainings))
     runs = runs[runs["method"].isin(methods) & (runs["n_lpa"] > 0).isin(lpa)]
     there = set(tables["nonlocality.parquet"]["run"])
     runs = need(runs[runs["run"].isin(there)], "no D_loc of these systems")
@@ -307,14 +318,16 @@ def _renamed(other: str, group: dict[str, str]) -> str:
 
 def _distances_figure(tables: Tables, lpa: tuple[bool, ...]):
     means, sure, runs = distances_of(tables, ("baseline",), lpa)
+    return _distances_frame(means, sure), nonlocality_over_tasks.draw(means, sure), runs["run"]
+
+
+def _distances_frame(means: pd.DataFrame, sure: pd.DataFrame) -> pd.DataFrame:
+    """Means over heads with their own intervals, a row a line's point."""
     own = sure[sure["other"] == ""]
-    frame = means.groupby(["run", "pair", "training", "kind", "task", "layer"], as_index=False, sort=False)[
-        ["d_loc", "d_uniform"]
-    ].mean()
-    frame = frame.merge(
-        own[["run", "task", "layer", "low", "high", "over", "n"]], on=["run", "task", "layer"], how="left"
-    )
-    return frame, nonlocality_over_tasks.draw(means, sure), runs["run"]
+    keys = ["run", "pair", "training", "kind", "task", "layer"]
+    frame = means.groupby(keys, as_index=False, sort=False)[["d_loc", "d_uniform"]].mean()
+    own = own[["run", "task", "layer", "low", "high", "over", "n"]]
+    return frame.merge(own, on=["run", "task", "layer"], how="left")
 
 
 def fig4(tables: Tables):
@@ -323,6 +336,15 @@ def fig4(tables: Tables):
 
 def fig6(tables: Tables):
     return _distances_figure(tables, (False, True))
+
+
+def by_steps(tables: Tables):
+    trainings = ("incremental", "joint", "joint-as-long")
+    means, sure, runs = distances_of(tables, ("baseline",), (False, True), trainings)
+    taken = need(runs[["run", "group"]].merge(tables["steps.csv"], on="run"), "no steps of these runs")
+    taken = taken.groupby(["group", "task"], as_index=False)["steps"].first().rename(columns={"group": "run"})
+    frame = _distances_frame(means, sure).merge(taken, on=["run", "task"], how="left")
+    return frame, nonlocality_over_tasks.draw(means, sure, taken), runs["run"]
 
 
 def gaps(tables: Tables):
@@ -367,11 +389,27 @@ def fig7(tables: Tables):
     runs = first_setting(usual(tables))
     runs = runs[(runs["method"] == "baseline") & (runs["training"] == "incremental")]
     runs = need(runs[runs["run"].isin(tables["spectrum.parquet"]["run"])], "no spectrum")
-    rows = tables["spectrum.parquet"].merge(runs[["run", "title"]], on="run")
+    rows = tables["spectrum.parquet"].merge(runs[["run", "title", "seed"]], on="run")
     rows = rows[(rows["layer"] == "token") & (rows["group"] == "all") & (rows["task"] != INITIAL)]
     rows = rows[rows["task"].isin(_some(rows["task"].unique(), 4))]
     frame = rows.groupby(["title", "task", "rank"], as_index=False)[["eigenvalue", "eigenvalue_normalised"]].mean()
+    frame = frame.merge(_ratios(rows), on=["title", "task", "rank"], how="left")
     return frame[eigenvalues.COLUMNS], eigenvalues.draw(frame), runs["run"]
+
+
+def _ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """How many times as large as the first title's of the same seed each eigenvalue is: geometric mean over seeds, and its 95 %
+    interval over them at each rank by itself."""
+    logs = np.log(rows.set_index(["task", "rank", "title", "seed"])["eigenvalue"]).unstack(["title", "seed"])
+    first, *others = sorted(rows["title"].unique())
+    found = [pd.DataFrame(columns=["title", "task", "rank", "ratio", "low", "high"])]
+    for title in others:
+        ratios = (logs[title] - logs[first]).dropna(axis=1).T.to_numpy()  # seeds that both have [seeds, cells]
+        low, high = over_seeds(ratios) if len(ratios) > 1 else np.full((2, ratios.shape[1]), np.nan)
+        ends = np.exp([ratios.mean(0), low, high])
+        found.append(pd.DataFrame(dict(zip(("ratio", "low", "high"), ends, strict=True)), logs.index).reset_index().assign(
+            title=title))  # fmt: skip
+    return pd.concat(found) if len(found) == 1 else pd.concat(found[1:])
 
 
 def _sweep(tables: Tables, runs: pd.DataFrame, column: str, label: str, marked: float | None, logarithmic: bool):
@@ -458,6 +496,11 @@ ARTIFACTS: dict[str, Artifact] = {
     "fig8": Artifact("Figure 8: accuracy against lambda at initialisation", fig8),
     "fig9": Artifact("Figure 9: accuracy against the number of LPA layers", fig9),
     "gap": Artifact("D_loc of CIL minus that of joint training, layers by tasks", gaps, ("nonlocality",)),
+    "steps": Artifact(
+        "D_loc against the steps that a network has taken: CIL, joint training task by task, joint training as long as CIL",
+        by_steps,
+        ("nonlocality",),
+    ),
     "curves": Artifact("Accuracy over all classes seen so far", curves),
     "table1": Artifact("Table 1: CIFAR-100, ours beside the published", table1),
     "table2": Artifact("Table 2: ImageNet-100, ours beside the published", table2),

@@ -24,7 +24,7 @@ from locality_probe.tables import INITIAL
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_BYTES = 15_000_000
 SIDES = (("incremental", False, "CIL"), ("joint", False, "joint"), ("incremental", True, "CIL with LPA"))
-SECTIONS = ("gap", "fig4", "fig6", "fig1", "curves", "fig2", "fig3", "fig7", "fig5", "fig8", "fig9")
+SECTIONS = ("gap", "steps", "fig4", "fig6", "fig1", "curves", "fig2", "fig3", "fig7", "fig5", "fig8", "fig9")
 
 
 def write(tables: Tables, built: Built, judged: pd.DataFrame, path: str | Path) -> Path:

@@ -36,6 +36,7 @@ class Scale:
 
     tables: dict[str, dict[str, int]]  # setting -> system -> number of seeds
     joint: dict[str, int]  # systems with a joint twin in the first setting -> number of seeds
+    as_long: dict[str, int]  # systems with a joint twin there that takes as many steps as CIL -> number of seeds
     lambdas: tuple[float, ...] = recipes.LAMBDAS
     sweep_seeds: int = 1
     sizes: Sizes = field(default_factory=Sizes)
@@ -51,15 +52,16 @@ CIFAR, IMAGENET = (
 )
 SCALES = {
     "demo": Scale(
-        {"": dict.fromkeys(BOTH, 2) | dict.fromkeys(FOUR[2:], 1)}, dict.fromkeys(BOTH, 1), (0.002, 0.02, 0.2, 1.0),
-        sizes=Sizes(128, None, (30, 20)),
+        {"": dict.fromkeys(BOTH, 2) | dict.fromkeys(FOUR[2:], 1)}, dict.fromkeys(BOTH, 1), dict.fromkeys(BOTH, 1),
+        (0.002, 0.02, 0.2, 1.0), sizes=Sizes(128, None, (30, 20)),
     ),
     "small": Scale(
         {CIFAR[0]: dict.fromkeys(FOUR, 3)} | {setting: dict.fromkeys(BOTH, 1) for setting in CIFAR[1:]},
-        dict.fromkeys(FOUR, 3),
+        dict.fromkeys(FOUR, 3), dict.fromkeys(BOTH, 3),
     ),
     "paper": Scale(
-        {setting: dict.fromkeys(FOUR, 3) for setting in (*CIFAR, *IMAGENET)}, dict.fromkeys(FOUR, 3), sweep_seeds=3,
+        {setting: dict.fromkeys(FOUR, 3) for setting in (*CIFAR, *IMAGENET)}, dict.fromkeys(FOUR, 3),
+        dict.fromkeys(BOTH, 3), sweep_seeds=3,
     ),
 }  # fmt: skip
 # Images of a class for training and testing, pixels: to plan without the data.
@@ -77,8 +79,8 @@ Need = tuple[str, int, str]  # recipe, seed, kind of measurement
 def needs(name: str) -> dict[str, list[Need]]:
     """What each figure and table of a scale rests on."""
     scale = SCALES[name]
-
-    own, joint = scale.tables[scale.first], scale.joint
+    own = scale.tables[scale.first]
+    twins_of = {"joint": scale.joint, "joint-as-long": scale.as_long}
 
     def of(systems: Iterable[str], kinds: str, seeds: dict[str, int], setting: str = scale.first) -> list[Need]:
         start = "-".join(filter(None, (name, setting)))
@@ -86,11 +88,11 @@ def needs(name: str) -> dict[str, list[Need]]:
             (f"{start}-{system}", seed, kind)
             for kind in kinds.split()
             for system in systems
-            for base in [system.removesuffix("-joint")]
-            for seed in range(min(seeds[base], joint[base]) if base != system else seeds[system])
+            for base, training in [recipes.split(system)]
+            for seed in range(min(seeds[base], twins_of.get(training, seeds)[base]))
         ]
 
-    twins = {system: f"{system}-joint" for system in joint}
+    twins = {system: f"{system}-joint" for system in scale.joint}
     plain, pair = ["baseline", twins["baseline"]], [*BOTH, *(twins[s] for s in BOTH)]
     one, sweeps = dict.fromkeys(FOUR, 1), scale.sweep_seeds
     lambdas = [f"baseline-lambda-{value:g}" for value in scale.lambdas]
@@ -110,8 +112,9 @@ def needs(name: str) -> dict[str, list[Need]]:
         "fig7": of(BOTH, "spectrum", own),
         "fig8": of(lambdas, "accuracy", dict.fromkeys(lambdas, sweeps)),
         "fig9": of(layers, "accuracy", dict.fromkeys(layers, sweeps)),
-        "gap": of([*joint, *twins.values()], "nonlocality", own),
-        "curves": tables["table1"] + tables["table2"] + of(twins.values(), "accuracy", joint),
+        "gap": of([*twins, *twins.values()], "nonlocality", own),
+        "steps": of([*pair, *(f"{system}-joint-as-long" for system in scale.as_long)], "nonlocality", own),
+        "curves": tables["table1"] + tables["table2"] + of(twins.values(), "accuracy", own),
         **tables,
     }
     viewer = of(["baseline", twins["baseline"], "baseline-lpa"], "attention nonlocality", one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from figures import style
@@ -15,7 +16,7 @@ METRICS = ("Last", "Avg", "Fgt")
 @style.look()
 def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: float | None = None) -> Figure:
     """A panel a metric, in percent: a dot a run, a line through the means over the seeds that are there at every value, so that
-    it compares like with like; dots of other seeds are hollow. marked: the paper's choice, dotted.
+    it compares like with like; dots of other seeds are hollow, and a legend says so. marked: the paper's choice, dotted.
 
     frame: COLUMNS. Raises ValueError for an empty one.
     """
@@ -24,7 +25,7 @@ def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: flo
     values = sorted(frame["value"].unique())
     at = frame.groupby("seed")["value"].nunique()
     common = frame["seed"].isin(at.index[at == len(values)])
-    figure = Figure(figsize=(6.8, 2.1))
+    figure = Figure(figsize=(6.8, 2.1 + 0.25 * (not common.all())))
     panels = figure.subplots(1, len(METRICS))
     for axes, metric, colour in zip(panels, METRICS, (style.BLUE, style.ORANGE, style.GREEN), strict=True):
         rows, others = (frame[(frame["metric"] == metric) & chosen] for chosen in (common, ~common))
@@ -44,4 +45,14 @@ def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: flo
         axes.set_xticks(shown, labels=[f"{value:g}" for value in shown])
         axes.set(title=metric, xlabel=label)
     panels[0].set_ylabel("%")
+    if not common.all():
+        handles = [Line2D([], [], color=style.REFERENCE, marker="o", markersize=3, **how)
+                   for how in ({}, {"fillstyle": "none", "linestyle": "none"})]  # fmt: skip
+        words = [_seeds(frame[common]), _seeds(frame[~common]) + ", not run at every value"]
+        figure.legend(handles, words, loc="outside lower center", ncols=2)
     return figure
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    seeds = sorted(frame["seed"].unique())
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"

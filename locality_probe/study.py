@@ -31,7 +31,7 @@ from locality_probe.measures import distances
 from locality_probe.plan import subjects_of
 from locality_probe.record import Layer, record
 from locality_probe.subject import from_run
-from locality_probe.tables import ATTENTION, EXAMPLES, MEASUREMENTS, RUNS, STUDY
+from locality_probe.tables import ATTENTION, EXAMPLES, MEASUREMENTS, RUNS, STEPS, STUDY
 
 Frames = dict[str, pd.DataFrame]  # file of STUDY -> its rows of one run
 
@@ -80,7 +80,7 @@ class Study:
 
 
 def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tuple[Frames, dict[str, object]]:
-    """What training wrote down: the accuracy matrix, and the row of RUNS."""
+    """What training wrote down: the accuracy matrix, steps, and the row of RUNS."""
     run, epochs, rows = directory.run, directory.table("training"), directory.table("accuracy")
     scale, setting, system = recipes.parts(run.recipe)
     # An epoch drops what fills no batch.
@@ -94,9 +94,12 @@ def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tup
         "settings": json.dumps(run.to_dict() | {"data_dir": ""}),
     }  # fmt: skip
     tested = int(rows.groupby("on_task")["images"].first().sum())
+    steps = epochs.groupby("task")["steps"].sum()
+    steps = steps.cumsum() if run.training == "incremental" else steps
     frames = {
         "runs.csv": pd.DataFrame([row], columns=list(RUNS.columns)),
         "accuracy.csv": rows.assign(run=directory.name),
+        "steps.csv": steps.reset_index().assign(run=directory.name)[list(STEPS.columns)],
     }
     return frames, {"images": tested, "source": f"{run.dataset}, test", "sha256": ""}
 

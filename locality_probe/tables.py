@@ -296,6 +296,18 @@ MEASUREMENTS = Table(
     },
 )
 
+STEPS = Table(
+    "steps",
+    keys={"run": RUNS.keys["run"], "task": ("int64", "finished task")},
+    values={
+        "steps": (
+            "int64",
+            "optimiser steps that its network has taken by then, since it was initialised: a joint twin starts afresh at "
+            "each task",
+        )
+    },
+)
+
 STUDY_ACCURACY = Table("accuracy", keys=RUNS.keys | ACCURACY.keys, values=ACCURACY.values)
 
 LAYER_IMAGES = Table(
@@ -333,6 +345,7 @@ STUDY = {
     "runs.csv": RUNS,
     "measurements.csv": MEASUREMENTS,
     "accuracy.csv": STUDY_ACCURACY,
+    "steps.csv": STEPS,
     "nonlocality.parquet": NONLOCALITY,
     "layer_images.parquet": LAYER_IMAGES,
     "spectrum.parquet": SPECTRUM,

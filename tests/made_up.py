@@ -14,9 +14,15 @@ UNIFORM = 0.854
 SYSTEMS = ("baseline", "baseline-lpa", "dytox", "dytox-lpa")
 
 
-def d_loc(lpa: bool, joint: bool, seed: int, task: int, layer: int, head: int = 0, image: int = 0) -> float:
-    """Grows by 0.01 (layer + 1) a task, half of it in joint training; LPA is 0.3 lower and grows twice as fast."""
-    growth = 0.01 * (layer + 1) * max(task, 0) * (0.5 if joint else 1) * (2 if lpa else 1)
+GROWTH = {"incremental": 0.01, "joint": 0.005, "joint-as-long": 0.015}  # patches a task, times layer + 1
+STEPS = {"incremental": 100, "joint": 200, "joint-as-long": 99}  # in all
+
+
+def d_loc(
+    lpa: bool, seed: int, task: int, layer: int, head: int = 0, image: int = 0, training: str = "incremental"
+) -> float:
+    """Grows by GROWTH; LPA is 0.3 lower and grows twice as fast."""
+    growth = GROWTH[training] * (layer + 1) * max(task, 0) * (2 if lpa else 1)
     wobble = 0.001 * ((seed * 7 + layer * 3) % 5) + 0.002 * (image % 3) + 0.01 * head
     return 0.6 - 0.3 * lpa + 0.02 * layer + growth + wobble
 
@@ -33,6 +39,7 @@ def make(
     """All tables of STUDY: four systems and their joint twins, both sweeps (seed by seed), on the demo's setting."""
     tables = {file: [] for file in STUDY}
     names = [(s, t) for s in SYSTEMS for t in (["incremental", "joint"] if joint else ["incremental"])]
+    names += [(s, "joint-as-long") for s in SYSTEMS[:2] if joint]
     names += [(f"baseline-lambda-{v:g}", "incremental") for v in lambdas if v != 0.02]
     names += [(f"baseline-nlpa-{n}", "incremental") for n in range(1, LAYERS)] if layers else []
     for system, training in names:
@@ -45,8 +52,9 @@ def make(
 
 
 def add(tables: dict[str, list], system: str, training: str, seed: int) -> None:
-    suffix = "" if training == "incremental" else "-joint"
-    name, joint = f"demo-{system}-s{seed}{suffix}", training == "joint"
+    suffix = "" if training == "incremental" else f"-{training}"
+    name, joint = f"demo-{system}-s{seed}{suffix}", training != "incremental"
+    tasks = [TASKS - 1] if training == "joint-as-long" else range(TASKS)
     run = recipes.find(f"demo-{system}{suffix}")
     lpa, more = (
         run.n_lpa > 0,
@@ -55,15 +63,18 @@ def add(tables: dict[str, list], system: str, training: str, seed: int) -> None:
     settings = run.to_dict() | {"data_dir": "", "seed": seed}
     tables["runs.csv"].append({
         "run": name, "scale": "demo", "setting": "", "system": system, "method": run.method, "n_lpa": run.n_lpa,
-        "lpa_blocks": LAYERS, "lambda_init": run.lambda_init, "training": training, "seed": seed, "tasks": TASKS,
-        "classes": 2 * TASKS, "steps": 200 if joint else 100, "images": 3200, "seconds": 10.0, "git": "abc", "torch": "2",
+        "lpa_blocks": LAYERS, "lambda_init": run.lambda_init, "training": training, "seed": seed, "tasks": len(tasks),
+        "classes": 2 * TASKS, "steps": STEPS[training], "images": 3200, "seconds": 10.0, "git": "abc", "torch": "2",
         "settings": json.dumps(settings),
     })  # fmt: skip
     usual = system in SYSTEMS
-    for kind in ["accuracy"] + ["nonlocality", "spectrum", "transfer"] * usual + ["attention"] * (usual and not seed):
+    more_kinds = ["spectrum", "transfer"] + ["attention"] * (not seed) if training != "joint-as-long" else []
+    for kind in ["accuracy"] + ["nonlocality", *more_kinds] * usual:
         tables["measurements.csv"].append({"run": name, "kind": kind, "images": IMAGES, "source": "digits, test",
                                            "sha256": "f" * 64, "git": "abc", "seconds": 1.0})  # fmt: skip
-    for task in range(TASKS):
+    for task in tasks:
+        taken = {"joint": 20 * (task + 1), "incremental": 25 * (task + 1), "joint-as-long": STEPS[training]}
+        tables["steps.csv"].append({"run": name, "task": task, "steps": taken[training]})
         for on_task in range(task + 1):
             share = accuracy(lpa, joint, seed, task, on_task) + more
             tables["accuracy.csv"].append({"run": name, "task": task, "on_task": on_task, "images": 1000,
@@ -71,17 +82,17 @@ def add(tables: dict[str, list], system: str, training: str, seed: int) -> None:
     if not usual:
         return
     key = {"run": name}
-    for task in range(INITIAL, TASKS):
+    for task in [INITIAL, *tasks]:
         for layer in range(LAYERS):
             for image in range(IMAGES):
-                mean = np.mean([d_loc(lpa, joint, seed, task, layer, h, image) for h in range(HEADS)])
+                mean = np.mean([d_loc(lpa, seed, task, layer, h, image, training) for h in range(HEADS)])
                 tables["layer_images.parquet"].append(
                     {**key, "task": task, "layer": layer, "image": image, "d_loc": mean}
                 )
             for head in range(HEADS):
-                mean = np.mean([d_loc(lpa, joint, seed, task, layer, head, image) for image in range(IMAGES)])
+                mean = np.mean([d_loc(lpa, seed, task, layer, head, image, training) for image in range(IMAGES)])
                 tables["nonlocality.parquet"].append({
-                    **key, "task": task, "layer": layer, "head": head, "pair": name.removesuffix("-joint"),
+                    **key, "task": task, "layer": layer, "head": head, "pair": name.removesuffix(suffix),
                     "training": training, "kind": "LPA" if lpa else "GPSA", "extent": "grid", "images": IMAGES,
                     "d_loc": mean, "d_loc_sd": 0.1, "d_uniform": UNIFORM, "d_ratio": mean / UNIFORM,
                 })  # fmt: skip
@@ -96,6 +107,8 @@ def add(tables: dict[str, list], system: str, training: str, seed: int) -> None:
             "effective_rank": 4.0 if lpa else 3.0, "participation_ratio": 2, "spectral_ratio": 2, "rankme": 3, "slope": -1,
             "slope_first_rank": 1, "slope_last_rank": 3, "mp_edge": 1, "above_edge": 1, "reliable": "true",
         })  # fmt: skip
+    if training == "joint-as-long":
+        return
     for task in range(TASKS - 1):
         for layer in range(LAYERS):
             for control, share in (("none", 0.6 - 0.1 * layer - 0.01 * seed), ("initial", 0.3)):

@@ -43,7 +43,7 @@ def test_rule(values, low, high, low_images, high_images, expected):
 
 
 def test_every_claim_has_a_row_as_a_whole_and_its_parts(judged):
-    assert [claim for claim, part in judged.index if not part] == [f"C{i}" for i in range(1, 9)]
+    assert [claim for claim, part in judged.index if not part] == ["C1", "C2", "C2*", *(f"C{i}" for i in range(3, 9))]
     for claim in claims.EVIDENCE:
         assert len(judged.loc[claim]) > 1, claim
         assert judged.loc[(claim, ""), "statistic"] == claims.SENTENCES[claim]
@@ -66,7 +66,7 @@ def test_lpa_that_grows_faster_does_not_stay_low(judged):
     assert judged.loc[("C3", "level"), "verdict"] == HOLDS
     assert judged.loc[("C3", "slope"), "value"] == pytest.approx(-0.02, abs=1e-6)
     assert judged.loc[("C3", ""), "verdict"] == FAILS
-    assert judged.loc[("C3", ""), "reason"] == "the opposite shows: slope"
+    assert judged.loc[("C3", ""), "reason"] == "the opposite shows: slope; holds: level"
 
 
 def test_accuracy_is_paired_over_methods_and_seeds(tables, judged):
@@ -118,7 +118,7 @@ def test_one_seed_decides_nothing():
 
 def test_what_was_not_run_is_undecided_and_says_so():
     judged = judge(made_up.make(joint=False, lambdas=(0.02,), layers=False)).set_index(["claim", "part"])
-    for claim in ("C2", "C6", "C7"):
+    for claim in ("C2", "C2*", "C6", "C7"):
         assert (judged.loc[(claim, ""), "verdict"], judged.loc[(claim, ""), "reason"]) == (UNDECIDED, "not run")
 
 
@@ -156,8 +156,32 @@ def test_steps_and_probe_images_are_confounders_too():
 
 def test_joint_training_may_take_its_own_number_of_steps(tables, judged):
     runs = scope(tables["runs.csv"])
-    assert runs.groupby("training")["steps"].first().nunique() == 2
+    assert runs.groupby("training")["steps"].first().to_dict() == {
+        "incremental": 100,
+        "joint": 200,
+        "joint-as-long": 99,
+    }
     assert judged.loc[("C2", "layer 1"), "seeds"] == 3
+
+
+def test_joint_training_as_long_is_held_against_the_last_task(judged):
+    for layer in range(made_up.LAYERS):
+        row = judged.loc[("C2*", f"layer {layer + 1}")]
+        # It grew by 0.015 (layer + 1) a task, CIL by 0.01, over three tasks.
+        assert row["value"] == pytest.approx(-0.005 * (layer + 1) * 3, abs=1e-6)
+        assert (row["seeds"], row["verdict"]) == (3, FAILS)
+
+
+def test_joint_training_is_as_long_only_to_an_epoch():
+    tables = made_up.make()
+    runs = tables["runs.csv"]
+    runs.loc[runs["run"] == "demo-baseline-s1-joint-as-long", "steps"] = 95
+    judged = judge(tables).set_index(["claim", "part"])
+    assert judged.loc[("C2*", "layer 1"), "seeds"] == 2
+    assert (
+        "refused: demo-baseline-s1 and demo-baseline-s1-joint-as-long differ in steps"
+        in judged.loc[("C2*", "")]["reason"]
+    )
 
 
 def test_page_names_every_verdict_and_number(tables, judged):

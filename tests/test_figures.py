@@ -161,7 +161,7 @@ def test_tables_that_cannot_be_drawn_are_refused():
     for bad, message in [
         (frame.drop(columns="pair"), r"lacks \['pair'\]"),
         (pd.concat([frame, frame[:1]]), "repeats the key"),
-        (frame.assign(training="jiont"), "'jiont'; there: incremental, joint, joint-terminal, model"),
+        (frame.assign(training="jiont"), "'jiont'; there: incremental, joint, joint-terminal, joint-as-long, model"),
         (frame[:0], "no value"),
         (frame.assign(d_loc=np.nan), "no value"),
     ]:

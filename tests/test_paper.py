@@ -35,7 +35,7 @@ def folder(tables, tmp_path_factory):
 
 
 def test_everything_is_drawn_from_a_whole_study(built):
-    assert list(built) == [*(f"fig{i}" for i in range(1, 10)), "gap", "curves", "table1", "table2"]
+    assert list(built) == [*(f"fig{i}" for i in range(1, 10)), "gap", "steps", "curves", "table1", "table2"]
     assert not [name for name, found in built.items() if isinstance(found, NotRun)]
 
 
@@ -66,9 +66,7 @@ def test_attention_of_the_middle_patch(built):
     lines = {line.get_label(): line.get_ydata() for axes in built["fig2"][1].axes for line in axes.lines}
     rows = built["fig2"][2]
     assert rows == ["demo-baseline-s0", "demo-baseline-s0-joint"]
-    deepest = [
-        np.mean([made_up.d_loc(False, False, 0, t, 2, h, i) for h in range(2) for i in range(8)]) for t in range(4)
-    ]
+    deepest = [np.mean([made_up.d_loc(False, 0, t, 2, h, i) for h in range(2) for i in range(8)]) for t in range(4)]
     np.testing.assert_allclose(lines["CIL"], deepest)
 
 
@@ -76,9 +74,7 @@ def test_distances_are_means_over_seeds_with_their_intervals(built):
     frame, figure, runs = built["fig4"]
     assert len(runs) == 6
     row = frame[(frame["training"] == "incremental") & (frame["task"] == 2) & (frame["layer"] == 1)].iloc[0]
-    seeds = [
-        np.mean([made_up.d_loc(False, False, s, 2, 1, h, i) for h in range(2) for i in range(8)]) for s in range(3)
-    ]
+    seeds = [np.mean([made_up.d_loc(False, s, 2, 1, h, i) for h in range(2) for i in range(8)]) for s in range(3)]
     half = 4.302653 * np.std(seeds, ddof=1) / 3**0.5
     assert row["d_loc"] == pytest.approx(np.mean(seeds), abs=1e-6)
     assert (row["low"], row["high"]) == pytest.approx((np.mean(seeds) - half, np.mean(seeds) + half), abs=1e-5)
@@ -89,6 +85,20 @@ def test_distances_are_means_over_seeds_with_their_intervals(built):
     band = panel.collections[0].get_paths()[0].vertices
     assert sorted(band[np.isclose(band[:, 0], 3)][:, 1]) == pytest.approx([row["low"], row["high"]], abs=1e-5)
     assert "baseline, 3 seeds" in figure.subfigs[0].get_suptitle()
+
+
+def test_distances_against_steps_show_where_joint_training_as_long_stands(built):
+    frame, figure, runs = built["steps"]
+    assert len(runs) == 2 * 3 * 3
+    panel = figure.axes[0]  # baseline, layer 1
+    lines = {line.get_label(): line for line in panel.lines}
+    np.testing.assert_allclose(lines["CIL"].get_xdata(), np.array([25, 50, 75, 100]) / 1000)
+    np.testing.assert_allclose(lines["joint"].get_xdata(), np.array([20, 40, 60, 80]) / 1000)
+    (x,), (y,) = lines["joint, as many steps as CIL"].get_data()
+    row = frame[(frame["training"] == "joint-as-long") & (frame["layer"] == 0) & (frame["task"] == 3)].iloc[0]
+    assert (x, y) == (pytest.approx(0.099), pytest.approx(row["d_loc"])) and row["steps"] == 99
+    assert panel.collections[-1].get_segments()[0][:, 1] == pytest.approx([row["low"], row["high"]])
+    assert "steps since initialisation" in figure.subfigs[0].get_supxlabel()
 
 
 def test_the_baseline_is_above_lpa_in_whatever_order_they_were_measured(tables):
@@ -125,13 +135,25 @@ def test_gap_of_more_seeds_than_twins_is_over_images():
 
 
 def test_spectra_are_beside_each_other(built):
-    _, figure, _ = built["fig7"]
-    above, below = figure.axes[0], figure.axes[made_up.TASKS]
+    frame, figure, _ = built["fig7"]
+    above, below, ratios = (figure.axes[row * made_up.TASKS] for row in range(3))
     lines = {line.get_label(): line.get_ydata() for line in above.lines}
     np.testing.assert_allclose(lines["baseline"], 0.5 ** np.arange(made_up.DIM))
     np.testing.assert_allclose(lines["baseline + LPA"], 2 * 0.5 ** np.arange(made_up.DIM) ** 0.5)
     assert [line.get_ydata().sum() for line in below.lines] == pytest.approx([1, 1])
     assert above.get_xscale() == above.get_yscale() == "log"
+    np.testing.assert_allclose(ratios.lines[-1].get_ydata(), lines["baseline + LPA"] / lines["baseline"])
+    assert frame.loc[frame["title"] == "baseline", ["ratio", "low", "high"]].isna().all(axis=None)
+
+
+def test_ratios_of_eigenvalues_have_their_interval_over_seeds(tables):
+    rows = tables["spectrum.parquet"].copy()
+    for seed, factor in ((1, np.e), (2, 1 / np.e)):
+        rows.loc[rows["run"] == f"demo-baseline-lpa-s{seed}", "eigenvalue"] *= factor
+    frame = paper.build(tables | {"spectrum.parquet": rows}, ["fig7"])["fig7"][0]
+    row = frame[(frame["title"] == "baseline + LPA") & (frame["rank"] == 1) & (frame["task"] == 3)].iloc[0]
+    half = 4.302653 / 3**0.5  # of the logarithms 0, 1 and -1
+    assert (row["ratio"], row["low"], row["high"]) == pytest.approx((2, 2 * np.exp(-half), 2 * np.exp(half)), rel=1e-5)
 
 
 def test_sweeps_use_the_runs_of_the_systems_where_settings_are_theirs(built):
@@ -154,6 +176,9 @@ def test_the_line_of_a_sweep_is_over_seeds_that_are_at_every_value():
     dots, hollow, line = figure.axes[0].lines
     assert line.get_ydata().tolist() == [0, 10] and dots.get_ydata().tolist() == [0, 10]
     assert hollow.get_ydata().tolist() == [5] and hollow.get_fillstyle() == "none"
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["seed 0", "seed 1, not run at every value"]
+    assert not sweeps.draw(frame, "x").legends
 
 
 def test_curves_are_over_all_classes_seen(built):

@@ -121,7 +121,7 @@ def test_it_says_what_the_tables_say(page, tables):
     for row in judged[judged["part"] == ""].itertuples():
         mark = {"holds": "yes", "does not hold": "no"}.get(row.verdict, "open")
         assert f'<th scope="row">{row.claim}</th>' in text and f'<td class="{mark}">{row.verdict}</td>' in text
-    distance = made_up.np.mean([made_up.d_loc(False, False, seed, 3, 2, head, image) for seed in range(3)
+    distance = made_up.np.mean([made_up.d_loc(False, seed, 3, 2, head, image) for seed in range(3)
                                 for head in range(2) for image in range(made_up.IMAGES)])  # fmt: skip
     block = text.split('<p class="caption">baseline, CIL: D_loc in patches')[1].split("</table>")[0]
     assert f"{distance:.3f}" in block.split("task 4")[1]

@@ -149,7 +149,7 @@ def _fold(axes: Axes, low: float, high: float, uniform: float) -> None:
     ))  # fmt: skip
     axes.set_ylim(low, uniform + 0.05 * span / slope)
     ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-    digits = max(1, math.ceil(-math.log10(ticks[1] - ticks[0] + 1e-9)))
+    digits = next(d for d in range(1, 10) if np.allclose(np.round(ticks, d), ticks, rtol=0, atol=1e-9))
     axes.set_yticks([*ticks, uniform], labels=[*(f"{tick:.{digits}f}" for tick in ticks), f"{uniform:.2f}"])
     for place in (0.4, 0.6):  # the fold, marked on the axis
         y = high + place * (uniform - high)

@@ -134,23 +134,26 @@ def jobs_of(wanted: Iterable[Need], out: Path, data_dir: str) -> dict[tuple[str,
     return found
 
 
+def all_jobs(scale: str, out: Path, data_dir: str) -> dict[tuple[str, int], Job]:
+    """Of all that the scale has, so that a run has one name, whatever is asked for."""
+    return jobs_of(needs(scale)["report"], out / "runs", data_dir)
+
+
 def reproduce(
-    scale: str, only: Iterable[str], out: Path, data_dir: str, device: str, executor: str = "local",
-    workers: int | None = None, threads: int | None = None, slurm: Iterable[str] = (), dry_run: bool = False,
+    scale: str, only: Iterable[str], out: Path, data_dir: str, device: str, place: sweep.Place, dry_run: bool = False,
     echo: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Everything that is missing of a scale, or of the figures and tables in `only`, into `out`.
 
-    out/runs: run directories; out/tables: the study; out/figures, out/report.html. Raises ValueError as `check` does, for
-    data that are not there, and at the end for runs and measurements that failed.
+    place: where runs are trained; device: of this machine, which measures them. out/runs: run directories; out/tables: the
+    study; out/figures, out/report.html. Raises ValueError as `check` does, for data that are not there, and at the end for
+    runs and measurements that failed.
     """
     check(scale, only)
     of, study = needs(scale), Study(out / "tables")
     names = list(only) or [*of]
     wanted = list(dict.fromkeys(need for name in names for need in of[name]))
-    # Of all that the scale has, so that a run has one name, whatever is asked for.
-    jobs = jobs_of(of["report"], out / "runs", data_dir)
-    place = sweep.choose_place(executor, len(jobs), out, device, workers, threads, list(slurm))
+    jobs = all_jobs(scale, out, data_dir)
 
     def missing() -> list[tuple[str, Path]]:
         done = study.done()
@@ -162,8 +165,10 @@ def reproduce(
         if not here:
             return []
         echo(f"measuring: {len(here)} measurements of {len({path for _, path in here})} runs")
+        # A cluster trains all runs at once; this machine measures as many as it has room for.
+        workers = min(place.workers, sweep.choose_place("local", len(here), out, device, None, None, []).workers)
         with counter(len(here), "measurements") as shown:
-            return measure_all(study, here, SCALES[scale].sizes, data_dir, device, place.workers, shown)
+            return measure_all(study, here, SCALES[scale].sizes, data_dir, device, workers, shown)
 
     to_do = missing()
     open_ = {path for _, path in to_do}

@@ -502,7 +502,7 @@ def demo(out) -> None:
 @click.option("--scale", default="demo", show_default=True, help="demo: digits, minutes | small: CIFAR-100 cut to hours on "
               "2 cores | paper: the protocol, for GPUs")  # fmt: skip
 @click.option(
-    "--only", metavar="NAME,...", help="Only these: fig1 to fig9, gap, curves, table1, table2, claims, report."
+    "--only", metavar="NAME,...", help="Only these: fig1 to fig9, gap, steps, curves, table1, table2, claims, report."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/reproduce-SCALE]")
 @click.option("--data", "data_dir", default="data", show_default=True, help="Where cifar100 or imagenet100 lies.")
@@ -519,13 +519,15 @@ def reproduce(scale, only, out, data_dir, executor, workers, threads, slurm, dry
     OUT/report.html, OUT/figures (PNG, PDF, CSV; claims.csv), OUT/tables (what was measured) and OUT/runs (weights).
     """
     from figures import reproduce as making
+    from locality_probe import sweep as sweeps
 
     out = out or Path("runs") / f"reproduce-{scale}"
     typed(check_folder, out)
     names = list(dict.fromkeys(filter(None, (only or "").split(","))))
     typed(making.check, scale, names)
-    device = device if executor == "slurm" else resolve_device(device)
+    trained_on = device if executor == "slurm" else resolve_device(device)  # the cluster's nodes have their own
+    runs = len(making.all_jobs(scale, out, data_dir))
+    place = typed(sweeps.choose_place, executor, runs, out, trained_on, workers, threads, list(slurm))
+    device = resolve_device("auto" if executor == "slurm" else device)
     with resumable():
-        making.reproduce(
-            scale, names, out, data_dir, device, executor, workers, threads, list(slurm), dry_run, click.echo
-        )
+        making.reproduce(scale, names, out, data_dir, device, place, dry_run, click.echo)

@@ -154,6 +154,11 @@ def test_only_what_lies_below_uniform_attention_is_folded():
     assert f"{UNIFORM:.2f}" in [label.get_text() for label in axes.get_yticklabels()]
     near = frame.assign(d_loc=frame["d_loc"] - frame["d_loc"].max() + UNIFORM)
     assert nonlocality_over_tasks.draw(near).axes[0].get_yscale() == "linear"  # nothing to fold
+    for spread in (0.3, 0.45, 0.6, 1.1):  # steps of 0.1, 0.15, 0.2, 0.25: each tick says where it is
+        wide = table({"lpa": "LPA"}).assign(d_loc=lambda rows, spread=spread: 1.05 + spread * rows["task"] / 3)
+        axes = nonlocality_over_tasks.draw(wide[wide["task"] >= 0]).axes[0]
+        labels = [float(label.get_text()) for label in axes.get_yticklabels()]
+        np.testing.assert_allclose(labels[:-1], axes.get_yticks()[:-1], atol=1e-9)
 
 
 def test_tables_that_cannot_be_drawn_are_refused():

@@ -1,6 +1,7 @@
 """The paper with one command, at the size of a toy: everything is made, nothing twice, and nothing is lost."""
 
 import dataclasses
+import os
 import re
 import shutil
 
@@ -15,6 +16,7 @@ from figures.paper import ARTIFACTS
 from figures.reproduce import Scale, cost_of, jobs_of, needs, nominal, reproduce
 from locality_probe.cli import main
 from locality_probe.study import Sizes, Study
+from locality_probe.sweep import choose_place
 from locality_probe.tables import CLAIMS
 
 TINY = Scale(
@@ -46,13 +48,17 @@ def tiny():
 def made(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "out"
     said = []
-    reproduce("demo", [], out, "data", "cpu", workers=2, echo=said.append)
+    reproduce("demo", [], out, "data", "cpu", here(out), echo=said.append)
     return out, "\n".join(said)
+
+
+def here(out):
+    return choose_place("local", 10, out, "cpu", 2, None, [])
 
 
 def again(out, *only, said=None, **options):
     said = [] if said is None else said
-    reproduce("demo", only, out, "data", "cpu", workers=2, echo=said.append, **options)
+    reproduce("demo", only, out, "data", "cpu", here(out), echo=said.append, **options)
     return "\n".join(said)
 
 
@@ -115,6 +121,17 @@ def test_interrupted_while_it_measures_it_goes_on_and_trains_nothing_again(made,
     assert ("demo-baseline-s0", "spectrum") in study.done()
 
 
+def test_a_cluster_of_any_size_leaves_measuring_to_the_cores_of_this_machine(made, tmp_path, monkeypatch):
+    out = shutil.copytree(made[0], tmp_path / "out")
+    rows = Study(out / "tables").read("measurements.csv")
+    rows[rows["kind"] != "accuracy"].to_csv(out / "tables/measurements.csv", index=False)
+    seen = []
+    monkeypatch.setattr(making, "measure_all", lambda *words: seen.append(words[-2]) or [])
+    cluster = dataclasses.replace(here(out), workers=500, device="auto")
+    reproduce("demo", ["table1"], out, "data", "cpu", cluster, echo=lambda line: None)
+    assert seen == [min(len(os.sched_getaffinity(0)), 6)]
+
+
 def test_a_missing_run_is_trained_and_no_other(made, tmp_path):
     out = shutil.copytree(made[0], tmp_path / "out", ignore=shutil.ignore_patterns("demo-baseline-nlpa-1-s0"))
     for file in ("measurements.csv", "runs.csv", "accuracy.csv"):
@@ -145,6 +162,12 @@ def test_names_are_checked_first(tmp_path):
     assert run.exit_code == 2 and "no 'fig44' at scale demo; there are: fig1, fig2" in run.output
     run = CliRunner().invoke(main, ["reproduce", "--scale", "huge", "--out", str(tmp_path)])
     assert run.exit_code == 2 and "no scale 'huge'; there are: demo, small, paper" in run.output
+    for words, sentence in (
+        (["--executor", "foo"], "no executor 'foo'"),
+        (["--workers", "0"], "--workers 0 must be at"),
+    ):
+        run = CliRunner().invoke(main, ["reproduce", *words, "--out", str(tmp_path)])
+        assert run.exit_code == 2 and sentence in run.output
 
 
 def test_data_that_are_not_there_are_asked_for_after_the_plan(tmp_path, monkeypatch):

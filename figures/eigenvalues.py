@@ -17,13 +17,12 @@ def draw(frame: pd.DataFrame) -> Figure:
     """A column a task (counted from 1), a line a title: the eigenvalues as they are, over their sum, which the norm of the
     features does not change, and as a multiple of the first title's; against their rank (from 1), axes logarithmic.
 
-    frame: COLUMNS; ratio with the interval low..high is NaN for the first title, the interval where there is none. Raises
-    ValueError for an empty one.
+    frame: COLUMNS; the interval low..high of ratio is NaN where there is none. Raises ValueError for an empty one.
     """
     if frame.empty:
         raise ValueError("no eigenvalue to draw")
     tasks = sorted(frame["task"].unique())
-    first, several = frame["title"].iloc[0], frame["ratio"].notna().any()
+    several = frame["title"].nunique() > 1
     figure = Figure(figsize=(1.6 * len(tasks) + 0.9, 4.0 + 1.7 * several))
     panels = figure.subplots(len(CONVENTIONS) + several, len(tasks), squeeze=False, sharex=True, sharey="row")
     for row, (column, label) in zip(panels, CONVENTIONS.items(), strict=False):
@@ -35,7 +34,6 @@ def draw(frame: pd.DataFrame) -> Figure:
                 axes.plot(values["rank"] + 1, values[column], label=title, **how)
             axes.set(xscale="log", yscale="log")
     for axes, task in zip(panels[-1] if several else [], tasks, strict=False):
-        axes.axhline(1, color=style.REFERENCE, linewidth=1)
         lines = frame[frame["task"] == task].groupby("title", sort=False)
         for (_, values), how in zip(lines, LOOKS, strict=False):
             axes.fill_between(
@@ -44,7 +42,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             axes.plot(values["rank"] + 1, values["ratio"], color=how["color"])
         axes.set_xscale("log")
     if several:
-        panels[-1, 0].set_ylabel(f"eigenvalue /\nthat of the {first}")
+        panels[-1, 0].set_ylabel(f"eigenvalue /\nthat of the {frame['title'].iloc[0]}")
     for axes, task in zip(panels[0], tasks, strict=True):
         axes.set_title(f"task {task + 1}")
     for axes in panels[-1]:

@@ -359,7 +359,7 @@ STUDY = {
 CLAIMS = Table(
     "claims",
     keys={
-        "claim": ("str", "C1 to C8"),
+        "claim": ("str", "C1 to C8; C2*, a control"),
         "part": ("str", "what of it; empty: the claim as a whole"),
     },
     values={

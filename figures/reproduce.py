@@ -53,7 +53,7 @@ CIFAR, IMAGENET = (
 SCALES = {
     "demo": Scale(
         {"": dict.fromkeys(BOTH, 2) | dict.fromkeys(FOUR[2:], 1)}, dict.fromkeys(BOTH, 1), dict.fromkeys(BOTH, 1),
-        (0.002, 0.02, 0.2, 1.0), sizes=Sizes(128, None, (30, 20)),
+        (0.002, 0.02, 1.0), sizes=Sizes(128, None, (30, 20)),
     ),
     "small": Scale(
         {CIFAR[0]: dict.fromkeys(FOUR, 3)} | {setting: dict.fromkeys(BOTH, 1) for setting in CIFAR[1:]},

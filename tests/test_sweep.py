@@ -368,6 +368,7 @@ def test_a_run_that_fails_does_not_stop_the_other(capsys):
 
 def run_sweep(jobs):
     os.setpgrp()  # as a terminal does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background command starts with it ignored
     try:
         sweep.sweep(jobs, make_place(jobs), Path("runs"))
     except KeyboardInterrupt:

@@ -44,7 +44,9 @@ SENTENCES = {
     "C7": "more LPA layers are better, steadily (figure 9)",
     "C8": "shallow layers transfer better and are more local (figure 5)",
 }
-ONE_EPOCH = 0.02  # joint-as-long takes whole epochs: a share of all steps that one of them is at most, at any scale
+HALF_AN_EPOCH = (
+    0.02  # joint-as-long takes whole epochs; at any scale, half of one is at most this share of all its steps
+)
 ALWAYS_FREE = {"recipe", "data_dir"}
 
 Tables = Mapping[str, pd.DataFrame]  # files of STUDY
@@ -233,7 +235,7 @@ def joint_as_long_is_less(tables: Tables, runs: pd.DataFrame) -> Evidence:
     mine = first_setting(runs)
     found, refused = pairs(
         systems(mine, lpa=False), systems(mine, lpa=False, training="joint-as-long"), {"training"}, tables, "nonlocality",
-        ONE_EPOCH,
+        HALF_AN_EPOCH,
     )  # fmt: skip
     if not found:
         return Evidence(refused=refused)

@@ -46,10 +46,13 @@ def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: flo
         axes.set(title=metric, xlabel=label)
     panels[0].set_ylabel("%")
     if not common.all():
-        handles = [Line2D([], [], color=style.REFERENCE, marker="o", markersize=3, **how)
-                   for how in ({}, {"fillstyle": "none", "linestyle": "none"})]  # fmt: skip
-        words = [_seeds(frame[common]), _seeds(frame[~common]) + ", not run at every value"]
-        figure.legend(handles, words, loc="outside lower center", ncols=2)
+        shown = {_seeds(frame[common]): {}} if common.any() else {}
+        shown[_seeds(frame[~common]) + ", not run at every value"] = {"fillstyle": "none", "linestyle": "none"}
+        handles = [
+            Line2D([], [], color=style.REFERENCE, marker="o", markersize=3, label=words, **how)
+            for words, how in shown.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -179,6 +179,9 @@ def test_the_line_of_a_sweep_is_over_seeds_that_are_at_every_value():
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == ["seed 0", "seed 1, not run at every value"]
     assert not sweeps.draw(frame, "x").legends
+    apart = frame[(frame["value"] == 0) == (frame["seed"] == 0)]  # no seed is at both
+    words = [text.get_text() for text in sweeps.draw(apart, "x").legends[0].get_texts()]
+    assert words == ["seeds 0, 1, not run at every value"]
 
 
 def test_curves_are_over_all_classes_seen(built):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cil import recipes
+from cil.checkpoint import open_run
 from cil.evaluate import scores
 from locality_probe import survey
 from locality_probe.images import load_images
@@ -43,6 +44,14 @@ def test_row_of_a_run(study, toy_run):
     assert row["steps"] == training["steps"].sum()
     assert row["images"] == sum(min(r.images, r.steps * toy_run.run.batch_size) for r in training.itertuples())
     assert json.loads(row["settings"]) == toy_run.run.to_dict() | {"data_dir": ""}
+
+
+def test_steps_are_those_that_each_network_has_taken(study, toy_runs):
+    steps = study.read("steps.csv").set_index(["run", "task"])["steps"]
+    for run in ("toy", "toy-joint"):
+        of_task = open_run(toy_runs / run).table("training").groupby("task")["steps"].sum()
+        expected = of_task.cumsum() if run == "toy" else of_task  # joint training starts afresh at each task
+        assert steps[run].to_dict() == expected.to_dict()
 
 
 def test_accuracy_is_that_of_training(study, toy_run):

@@ -1,4 +1,5 @@
-"""How fast is cil.augment, in images a second on one thread, next to timm and torchvision on one PIL image at a time?
+"""How fast are cil.draws and cil.augment, in images a second on one thread, next to timm and torchvision on one
+PIL image at a time?
 
     OMP_NUM_THREADS=1 python benchmarks/augment.py [--rounds 21] [--batch 256]
 
@@ -22,7 +23,7 @@ from timm.data import Mixup, auto_augment, create_transform
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cil import augment
+from cil import augment, draws
 
 SPEC = "rand-m9-mstd0.5-inc1"
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -39,11 +40,15 @@ def variants(batch: int) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
 
     def crop_flip() -> torch.Tensor:
-        return augment.random_flip(augment.random_crop(images, 4, generator), generator)
+        x = augment.crop(images, draws.crop_offsets(batch, 4, generator), 4)
+        return augment.flip(x, draws.flips(batch, generator))
+
+    def rand_augment_of(x: torch.Tensor) -> torch.Tensor:
+        return augment.rand_augment(x, draws.operations(batch, augment.parse(SPEC), generator))
 
     def full() -> tuple[torch.Tensor, torch.Tensor]:
-        x = augment.normalize(augment.rand_augment(crop_flip(), SPEC, generator), MEAN, STD)
-        return augment.mixup(x, labels, 100, 0.8, 0.1, generator)
+        x = augment.normalize(rand_augment_of(crop_flip()), MEAN, STD)
+        return augment.mixup(x, labels, 100, draws.mixup_lambda(0.8, generator), 0.1)
 
     pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     pil_crop_flip = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()])
@@ -61,7 +66,7 @@ def variants(batch: int) -> dict[str, Callable[[], object]]:
         "crop, flip: PIL": lambda: [np.asarray(pil_crop_flip(image)) for image in pil],
         "all: batched": full,
         "all: PIL": lambda: mixup(torch.stack([pil_full(image) for image in pil]), labels),
-        "rand_augment: batched": lambda: augment.rand_augment(images, SPEC, generator),
+        "rand_augment: batched": lambda: rand_augment_of(images),
         "rand_augment: PIL": lambda: [rand_augment(image) for image in pil],
     }
 

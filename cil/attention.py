@@ -50,11 +50,15 @@ class GPSA(SelfAttention):
     A = (1 - s) softmax_j(q.k / sqrt d) + s softmax_j(w.r_ij + b), s = sigmoid(gate) a head, r_ij = (dx, dy, dx^2 + dy^2).
     """
 
-    def __init__(self, dim, num_heads, grid, qkv_bias=False, locality_strength=1.0, extra_heads="random"):
+    def __init__(
+        self, dim, num_heads, grid, qkv_bias=False, locality_strength=1.0, extra_heads="random", positional_start="local",
+        gate_init=1.0,
+    ):  # fmt: skip
         super().__init__(dim, num_heads, grid, qkv_bias)
-        self.pos_weight = nn.Parameter(local_heads(num_heads, locality_strength, extra_heads))  # [H, 3]
+        weight = positional_weights(num_heads, locality_strength, extra_heads, positional_start)
+        self.pos_weight = nn.Parameter(weight)  # [H, 3]
         self.pos_bias = nn.Parameter(torch.zeros(num_heads))  # softmax cancels it; released weights have it
-        self.gate = nn.Parameter(torch.ones(num_heads))
+        self.gate = nn.Parameter(torch.full((num_heads,), float(gate_init)))
 
     def positional_maps(self) -> tuple[Tensor, Tensor]:
         """The positional softmax, which is the outer product of one along rows [H, g_h, g_h] and one along columns."""
@@ -83,10 +87,11 @@ class LPA(SelfAttention):
 
     def __init__(
         self, dim, num_heads, grid, qkv_bias=False, locality_strength=1.0, extra_heads="random",
-        lambda_init=0.02, lambda_init_mode="constant",
+        positional_start="local", lambda_init=0.02, lambda_init_mode="constant",
     ):  # fmt: skip
         super().__init__(dim, num_heads, grid, qkv_bias)
-        self.pos_weight = nn.Parameter(local_heads(num_heads, locality_strength, extra_heads))  # [H, 3]
+        weight = positional_weights(num_heads, locality_strength, extra_heads, positional_start)
+        self.pos_weight = nn.Parameter(weight)  # [H, 3]
         self.content_scale = nn.Parameter(torch.full((num_heads,), float(lambda_init)))  # the paper's lambda
         if lambda_init_mode == "normal":  # as released: lambda_init is a standard deviation, and signs are random
             nn.init.trunc_normal_(self.content_scale, std=lambda_init)
@@ -231,6 +236,19 @@ def positional_columns(weight: Tensor, grid: tuple[int, int], dtype: torch.dtype
     return tuple(torch.cat([t.to(dtype) for t in columns], -1) for columns in (q_columns, k_columns))
 
 
+def positional_weights(num_heads: int, strength: float, extra_heads: str, start: str = "local") -> Tensor:
+    """GPSA's w or LPA's v at the start, [H, 3]: `local_heads`, or with `random` a normal draw for every head.
+
+    The random draw has mean 0 and, for each of the three coefficients, the root mean square that it has over the local heads:
+    as large, and not local.
+    """
+    weight = local_heads(num_heads, strength, extra_heads)
+    if start == "local":
+        return weight
+    k = int(num_heads**0.5)
+    return torch.randn(num_heads, 3) * weight[: k * k].square().mean(0).sqrt()
+
+
 def local_heads(num_heads: int, strength: float, extra_heads: str) -> Tensor:
     """Local initialisation [H, 3] of ConViT: each of the first K x K heads attends at one offset of a centred K x K grid.
 
@@ -251,10 +269,11 @@ def local_heads(num_heads: int, strength: float, extra_heads: str) -> Tensor:
 ATTENTION = {
     "mhsa": lambda run, grid: SelfAttention(run.dim, run.num_heads, grid),
     "gpsa": lambda run, grid: GPSA(
-        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads
+        run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads,
+        positional_start=run.positional_start, gate_init=run.gate_init,
     ),
     "lpa": lambda run, grid: LPA(
         run.dim, run.num_heads, grid, locality_strength=run.locality_strength, extra_heads=run.extra_heads,
-        lambda_init=run.lambda_init, lambda_init_mode=run.lambda_init_mode,
+        positional_start=run.positional_start, lambda_init=run.lambda_init, lambda_init_mode=run.lambda_init_mode,
     ),
 }  # fmt: skip

@@ -1,51 +1,44 @@
-"""Training augmentation for batches of small images, vectorised over the batch.
+"""Training augmentation for batches of small images, vectorised over the batch: pure functions of images and parameters.
 
 Images are uint8 tensors [B, C, H, W] on any device; every image gets parameters of its own, and nothing loops over
 images. The distribution is that of the per-image pipeline which timm 1.0, torchvision and Pillow build for CIFAR-100:
 random crop, horizontal flip, RandAugment, normalisation, mixup. Each RandAugment operation reproduces Pillow's pixels:
 its rounding, its bicubic kernel, its treatment of the border.
 
-All randomness comes from the CPU generator passed in, so equal generator states give equal batches. Per-image
-parameters are drawn and converted on the CPU, in float64 as in timm; arithmetic on pixels is float32 or integer.
-Inside parallel.batch, draws are for the whole batch and a process takes its own rows. No function changes its input.
-Images of another type raise TypeError, of another number of dimensions ValueError.
+Nothing is drawn here: parameters come from cil.draws, as tensors on the images' device. Arithmetic on pixels is float32 or
+integer. No function changes its input. Images of another type raise TypeError, of another number of dimensions ValueError.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.special import betaincinv
-from torch import Generator, Tensor
-
-from cil import parallel
+from torch import Tensor
 
 
-def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Shift each image by up to `padding` pixels in x and in y, black where nothing was: uint8 [B, C, H, W] to same.
+def crop(images: Tensor, offset: Tensor, padding: int) -> Tensor:
+    """Shift each image, black where nothing was: uint8 [B, C, H, W] to same.
 
-    As torchvision's RandomCrop((H, W), padding): all (2 padding + 1)^2 offsets alike. ValueError for padding < 0.
+    offset: int64 [2, B], rows and columns, 0 to 2 padding; `padding` leaves an image where it is. As torchvision's
+    RandomCrop((H, W), padding) cuts. ValueError for padding < 0.
     """
-    b, _, h, w = _check_images(images)
+    _, _, h, w = _check_images(images)
     if padding < 0:
         raise ValueError(f"padding must be at least 0, got {padding}")
-    offset = parallel.own(torch.randint(2 * padding + 1, (2, parallel.whole(b), 1), generator=generator), dim=1)
-    rows, cols = offset[0] + torch.arange(h), offset[1] + torch.arange(w)
+    rows, cols = (offset[axis][:, None] + torch.arange(side, device=images.device) for axis, side in enumerate((h, w)))
     index = rows[:, :, None] * (w + 2 * padding) + cols[:, None, :]
-    padded = F.pad(images, (padding,) * 4)
-    return _take(padded, index.to(images.device))
+    return _take(F.pad(images, (padding,) * 4), index)
 
 
-def random_flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2, as torchvision's RandomHorizontalFlip: uint8 to uint8."""
-    b = _check_images(images)[0]
-    flip = parallel.own(torch.rand(parallel.whole(b), generator=generator)) < 0.5
-    return torch.where(_per_image(flip.to(images.device)), images.flip(3), images)
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror left to right the images where `mirrored`, bool [B], holds: uint8 [B, C, H, W] to same."""
+    _check_images(images)
+    return torch.where(_per_image(mirrored), images.flip(3), images)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -56,78 +49,85 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     c = _check_images(images)[1]
     if len(mean) != c or len(std) != c:
         raise ValueError(f"mean and std need {c} numbers each, got {len(mean)} and {len(std)}")
-    shift = 255 * torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    scale = 255 * torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    shift, scale = (_constant(tuple(255 * float(v) for v in values), str(images.device)) for values in (mean, std))
     return images.float().sub_(shift).div_(scale)
 
 
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: str) -> Tensor:
+    """float32 [C, 1, 1], made once: on a GPU each making is a copy that the host waits for."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
 def mixup(
-    images: Tensor, labels: Tensor, num_classes: int, alpha: float, smoothing: float, generator: Generator
+    images: Tensor, labels: Tensor, num_classes: int, lam: float | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Blend the batch with itself in reverse order, with one lambda ~ Beta(alpha, alpha) for the whole batch.
+    """Blend the batch with itself in reverse order: `lam` of an image and 1 - lam of its partner; None blends nothing.
 
     images: float [B, C, H, W]; labels: int64 [B] in [0, num_classes), others make torch's scatter fail. Returns images
-    of the same type and soft targets, float32 [B, num_classes]. alpha 0 mixes and draws nothing. smoothing, in [0, 1),
-    is the part of a label spread evenly over all classes, at alpha 0 too. TypeError if the images are not float,
-    ValueError if there are not B labels or a number is out of range. Source: mixup, arXiv 1710.09412, as timm's
-    Mixup(mode="batch", prob=1, cutmix_alpha=0), but B may be odd; the middle image is then its own partner.
+    of the same type and soft targets, float32 [B, num_classes]. smoothing, in [0, 1), is the part of a label spread evenly
+    over all classes, without blending too. TypeError if the images are not float, ValueError if there are not B labels or
+    a number is out of range. Source: mixup, arXiv 1710.09412, as timm's Mixup(mode="batch", prob=1, cutmix_alpha=0), but B
+    may be odd; the middle image is then its own partner.
     """
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, got {images.dtype}")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{len(images)} images need that many labels, got {tuple(labels.shape)}")
-    if not (0 <= alpha < math.inf and 0 <= smoothing < 1):
-        raise ValueError(f"alpha must be in [0, inf) and smoothing in [0, 1), got {alpha} and {smoothing}")
+    if not ((lam is None or 0 <= lam <= 1) and 0 <= smoothing < 1):
+        raise ValueError(f"lam must be in [0, 1] or None, and smoothing in [0, 1), got {lam} and {smoothing}")
     off = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, device=labels.device)
     targets.scatter_(1, labels[:, None], 1 - smoothing + off)
-    if alpha == 0:
+    if lam is None:
         return images, targets
-    lam = _draw_lambda(alpha, generator)
     return torch.lerp(images.flip(0), images, lam), torch.lerp(targets.flip(0), targets, lam)
 
 
-def _draw_lambda(alpha: float, generator: Generator) -> float:
-    """One draw from Beta(alpha, alpha): torch's own Beta takes no generator, so invert the distribution function."""
-    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
-    return float(betaincinv(alpha, alpha, uniform))
+class Operation(NamedTuple):
+    """One RandAugment operation on some images of a batch."""
+
+    number: int  # its place in APPLY
+    rows: Tensor  # int64 [k], the images
+    argument: Tensor  # float32 [k], one an image: degrees, a factor, bits, ...
 
 
-def rand_augment(images: Tensor, spec: str, generator: Generator, fill: Sequence[float] = (124, 116, 104)) -> Tensor:
-    """Apply n random operations of 15 to each image, each skipped with probability 1/2: uint8 [B, 3, H, W] to same.
+def rand_augment(
+    images: Tensor, layers: Sequence[Sequence[Operation]], fill: Sequence[float] = (124, 116, 104)
+) -> Tensor:
+    """Apply the operations of each layer in turn, an image being in one operation of a layer or in none: uint8 to uint8.
 
-    spec: "rand", then any of these after dashes: m<float> magnitude out of 10 (default 10), mstd<float> its standard
-    deviation (0), inc<0|1> whether all operations grow stronger with it (0), n<int> (2); "rand-m9-mstd0.5-inc1", say.
     fill: red, green, blue in [0, 255] for ground that a rotation, shear or shift uncovers; default the ImageNet mean.
-    ValueError, naming it, for an unknown part of `spec`, and if images or `fill` have not 3 channels. Source:
-    RandAugment, arXiv 1909.13719, as timm's auto_augment (operations, ranges) and Pillow (pixels) have it.
+    ValueError if images or `fill` have not 3 channels. Source: RandAugment, arXiv 1909.13719, as timm's auto_augment
+    (operations, ranges) and Pillow (pixels) have it.
     """
-    b, c, _, _ = _check_images(images)
+    c = _check_images(images)[1]
     if c != 3 or len(fill) != 3:
         raise ValueError(f"images and fill need 3 channels, got {c} and {len(fill)}")
-    config = parse(spec)
-    ground = torch.tensor(fill, dtype=torch.float32, device=images.device)
-    operations = list(_operations(config.increasing).values())
+    ground = _constant(tuple(map(float, fill)), str(images.device)).flatten()
+    applies = list(APPLY.values())
     images = images.clone()
-    drawings = (parallel.own(t, dim=1) for t in _draw(parallel.whole(b), config, generator))
-    for drawn, level, sign in zip(*drawings, strict=True):
-        for number, (apply, to_argument) in enumerate(operations):
-            chosen = (drawn == number).nonzero().flatten()
-            if len(chosen):
-                argument = to_argument(level[chosen] / 10, sign[chosen]).float().to(images.device)
-                chosen = chosen.to(images.device)
-                images[chosen] = apply(images[chosen], argument, ground)
+    for layer in layers:
+        for operation in layer:
+            images[operation.rows] = applies[operation.number](images[operation.rows], operation.argument, ground)
     return images
 
 
-class _Config(NamedTuple):
-    magnitude: float
-    std: float
-    increasing: bool
-    layers: int
+class RandAugment(NamedTuple):
+    """A RandAugment spec, parsed."""
+
+    magnitude: float  # of 10
+    std: float  # its standard deviation
+    increasing: bool  # whether all operations grow stronger with it
+    layers: int  # operations an image, each skipped with probability 1/2
 
 
-def parse(spec: str) -> _Config:
+def parse(spec: str) -> RandAugment:
+    """ "rand", then any of these after dashes: m<float> magnitude out of 10 (default 10), mstd<float> its standard deviation
+    (0), inc<0|1> whether all operations grow stronger with it (0), n<int> (2); "rand-m9-mstd0.5-inc1", say.
+
+    ValueError, naming it, for an unknown part.
+    """
     name, *parts = spec.split("-")
     if name != "rand":
         raise ValueError(f"RandAugment spec {spec!r} must begin with 'rand', not {name!r}")
@@ -140,18 +140,7 @@ def parse(spec: str) -> _Config:
         values[key] = float(value)
     if values["mstd"] > 100:  # timm's code for "uniform": refused rather than read as a plain number
         raise ValueError(f"mstd above 100 is not supported in RandAugment spec {spec!r}")
-    return _Config(values["m"], values["mstd"], values["inc"] == 1, int(values["n"]))
-
-
-def _draw(batch: int, config: _Config, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Per layer and image, [layers, batch] each: operation number or -1 for none, level in [0, 10], sign -1 or 1."""
-    shape = (config.layers, batch)
-    operation = torch.randint(15, shape, generator=generator)
-    operation[torch.rand(shape, generator=generator) < 0.5] = -1
-    noise = torch.randn(shape, dtype=torch.float64, generator=generator)
-    level = (config.magnitude + config.std * noise).clamp(0, 10)
-    sign = 2 * torch.randint(2, shape, generator=generator) - 1
-    return operation, level, sign
+    return RandAugment(values["m"], values["mstd"], values["inc"] == 1, int(values["n"]))
 
 
 # Takes images uint8 [n, 3, H, W], one argument an image float32 [n], ground colour float32 [3]; returns uint8.
@@ -160,8 +149,8 @@ _Apply = Callable[[Tensor, Tensor, Tensor], Tensor]
 _ToArgument = Callable[[Tensor, Tensor], Tensor]
 
 
-def _operations(increasing: bool) -> dict[str, tuple[_Apply, _ToArgument]]:
-    """timm's 15 operations in its order, each with its range of arguments."""
+def arguments(increasing: bool) -> dict[str, _ToArgument]:
+    """The range of each of timm's 15 operations, in its order: level / 10 and sign -> argument."""
 
     def unused(level: Tensor, sign: Tensor) -> Tensor:
         return level
@@ -179,21 +168,21 @@ def _operations(increasing: bool) -> dict[str, tuple[_Apply, _ToArgument]]:
         return lambda level, sign: sign * (level * limit)
 
     return {
-        "AutoContrast": (_auto_contrast, unused),
-        "Equalize": (_equalize, unused),
-        "Invert": (lambda images, *_: 255 - images, unused),
-        "Rotate": (_rotate, up_to(30.0)),  # degrees
-        "Posterize": (_posterize, bits),
-        "Solarize": (_solarize, threshold),
-        "SolarizeAdd": (_solarize_add, lambda level, sign: (level * 110).floor()),
-        "Color": (_color, enhance),
-        "Contrast": (_contrast, enhance),
-        "Brightness": (_brightness, enhance),
-        "Sharpness": (_sharpness, enhance),
-        "ShearX": (_shear_x, up_to(0.3)),
-        "ShearY": (_vertically(_shear_x), up_to(0.3)),
-        "TranslateX": (_translate_x, up_to(0.45)),  # part of the width
-        "TranslateY": (_vertically(_translate_x), up_to(0.45)),
+        "AutoContrast": unused,
+        "Equalize": unused,
+        "Invert": unused,
+        "Rotate": up_to(30.0),  # degrees
+        "Posterize": bits,
+        "Solarize": threshold,
+        "SolarizeAdd": lambda level, sign: (level * 110).floor(),
+        "Color": enhance,
+        "Contrast": enhance,
+        "Brightness": enhance,
+        "Sharpness": enhance,
+        "ShearX": up_to(0.3),
+        "ShearY": up_to(0.3),
+        "TranslateX": up_to(0.45),  # part of the width
+        "TranslateY": up_to(0.45),
     }
 
 
@@ -332,6 +321,26 @@ def _cubic(taps: Sequence[Tensor], t: Tensor) -> Tensor:
 
 def _on_ground(value: Tensor, inside: Tensor, ground: Tensor) -> Tensor:
     return torch.where(inside[:, None], value.clamp_(0, 255), ground[:, None, None]).to(torch.uint8)
+
+
+# What RandAugment chooses from, in timm's order.
+APPLY: dict[str, _Apply] = {
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+    "Invert": lambda images, *_: 255 - images,
+    "Rotate": _rotate,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "SolarizeAdd": _solarize_add,
+    "Color": _color,
+    "Contrast": _contrast,
+    "Brightness": _brightness,
+    "Sharpness": _sharpness,
+    "ShearX": _shear_x,
+    "ShearY": _vertically(_shear_x),
+    "TranslateX": _translate_x,
+    "TranslateY": _vertically(_translate_x),
+}
 
 
 # Shapes

@@ -2,6 +2,7 @@
 
 run.json              the resolved Run, class order, pixel statistics, versions, git state, twin
 task_00.safetensors   the network after each task
+task_00_step_000100.safetensors   inside a task, after so many steps of the network (setting checkpoints)
 accuracy.csv, training.csv, memory/task_00.csv     cil.tables
 resume/               only while unfinished: the last two states inside a task, by their number of steps
 """
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -30,13 +32,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cil.data import Dataset
+from cil.device import processor
 from cil.methods import METHODS
 from cil.models import Incremental, create_model
-from cil.run import Run, randomness
+from cil.run import FORMAT, Run, randomness
 from cil.scenario import Scenario, class_order
-from cil.tables import ACCURACY, MEMORY, TRAINING, Table
+from cil.tables import ACCURACY, AFTER, MEMORY, TRAINING, Table
 
-FORMAT = 1
+# Which numbers training gives: runs of two trainers are never compared, and one does not go on with the other's.
+# 1: AdamW step by step, stochastic depth drawn on the device. 2: fused AdamW, all draws on the CPU (cil.draws).
+TRAINER = 2
 TABLES: dict[str, Table] = {"accuracy": ACCURACY, "training": TRAINING}
 
 
@@ -55,6 +60,8 @@ class RunDir:
     git: str | None
     joint_twin: str | None  # name of the sibling directory with the joint counterpart
     twin_of: str | None
+    trainer: int = TRAINER  # whose numbers these are
+    device: str = ""  # the processor that it was begun on
 
     @property
     def name(self) -> str:
@@ -75,8 +82,15 @@ class RunDir:
         """Finished tasks."""
         return [t for t in self.planned_tasks if self.weights_path(t).is_file()]
 
-    def weights_path(self, task: int) -> Path:
-        return self.path / f"task_{task:02d}.safetensors"
+    def weights_path(self, task: int, at_step: int = AFTER) -> Path:
+        """Of the network after `task`, or inside it after `at_step` steps."""
+        inside = "" if at_step == AFTER else f"_step_{at_step:06d}"
+        return self.path / f"task_{task:02d}{inside}.safetensors"
+
+    def checkpoints(self, task: int) -> list[int]:
+        """The numbers of steps, ascending, at which the network was kept inside `task`."""
+        names = (re.fullmatch(rf"task_{task:02d}_step_(\d+)\.safetensors", p.name) for p in self.path.glob("task_*"))
+        return sorted(int(match[1]) for match in names if match)
 
     def new_model(self, task: int) -> Incremental:
         """The network as initialised, from the run's seed: of task 0, or for joint training of `task` with all its classes."""
@@ -91,16 +105,21 @@ class RunDir:
         with randomness(self.run.seed, "grow", task):
             model.grow(len(self.scenario[task].labels), divergence=METHODS[self.run.method].divergence > 0)
 
-    def model(self, task: int) -> Incremental:
-        """The network after `task`, in eval mode on the CPU.
+    def model(self, task: int, at_step: int = AFTER) -> Incremental:
+        """The network after `task`, or inside it after `at_step` steps, in eval mode on the CPU.
 
-        Raises ValueError for a task that is not there, truncated or foreign weights, and weights that are not finite.
+        Raises ValueError for a task or checkpoint that is not there, truncated or foreign weights, and weights that are not
+        finite.
         """
-        if task not in self.tasks:
+        if at_step == AFTER and task not in self.tasks:
             there = ", ".join(map(str, self.tasks)) or "none yet"
             raise ValueError(f"no task {task} in {self.path}; there: {there}")
-        state, model = read_safetensors(self.weights_path(task)), self.grown_model(task)
-        load_weights(model, state, self.weights_path(task))
+        if at_step != AFTER and at_step not in self.checkpoints(task):
+            there = ", ".join(map(str, self.checkpoints(task))) or "none"
+            raise ValueError(f"no checkpoint at step {at_step} of task {task} in {self.path}; there: {there}")
+        path = self.weights_path(task, at_step)
+        state, model = read_safetensors(path), self.grown_model(task)
+        load_weights(model, state, path)
         return model.eval()
 
     def grown_model(self, task: int) -> Incremental:
@@ -125,7 +144,8 @@ class RunDir:
     def size_on_disk(self) -> int:
         """Bytes that the finished run will take, and at its largest the two states beside it."""
         sizes = [4 * sum(v.numel() for v in self.grown_model(t).state_dict().values()) for t in self.planned_tasks]
-        return sum(sizes) + 2 * 3 * sizes[-1]
+        times = len(self.planned_tasks) if self.run.training == "joint" else 1  # of which each starts at step 0
+        return sum(sizes) + (2 * 3 + times * len(self.run.checkpoint_steps)) * sizes[-1]
 
     def memory(self, task: int) -> pd.DataFrame | None:
         """Exemplars after `task`, or None."""
@@ -142,9 +162,18 @@ class RunDir:
 
     def save_task(self, task: int, model: Incremental) -> None:
         """Write the weights that count for `task`; from then on the task is finished."""
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        atomically(self.weights_path(task), lambda part: part.write_bytes(save(state)))
+        self._save_weights(self.weights_path(task), model)
         shutil.rmtree(self.path / "resume", ignore_errors=True)
+
+    def save_checkpoint(self, task: int, at_step: int, model: Incremental) -> None:
+        """Write the weights inside `task`, without the divergence head, which is for training alone."""
+        self._save_weights(self.weights_path(task, at_step), model)
+
+    def _save_weights(self, path: Path, model: Incremental) -> None:
+        state = {
+            k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("div_head.")
+        }
+        atomically(path, lambda part: part.write_bytes(save(state)))
 
     def save_resume(self, step: int, state: dict[str, object]) -> None:
         """Keep `state` after so many steps of the run, with its SHA-256, and the one before it.
@@ -199,7 +228,7 @@ class RunDir:
             yield
 
 
-def describe(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
+def describe(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") -> RunDir:
     """The run directory that `run` would have, without writing anything. Raises ValueError where run and data do not fit."""
     path, name = Path(path), os.path.basename(os.path.abspath(path))
     order = class_order(run.class_order, len(dataset.classes))
@@ -211,26 +240,33 @@ def describe(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
         path, run, dataset.image_size, order, [dataset.classes[c] for c in order], dataset.mean, dataset.std,
         versions(), git_state(),
         joint_twin=f"{name}-joint" if incremental else None,
-        twin_of=name.removesuffix(suffix) if not incremental and name.endswith(suffix) else None,
+        twin_of=name.removesuffix(suffix) if not incremental and name.endswith(suffix) else None, device=processor(device),
     )  # fmt: skip
     directory.new_model(directory.planned_tasks[0])  # whatever does not fit together says so here
     return directory
 
 
-def create(path: str | Path, run: Run, dataset: Dataset) -> RunDir:
-    """Start a run directory, or open the one that is there if it holds the same run. Raises ValueError if another."""
+def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") -> RunDir:
+    """Start a run directory, or open the one that is there if it holds the same run.
+
+    Raises ValueError if it holds another run, or one that another trainer has begun and not finished.
+    """
     path = Path(path)
     if (path / "run.json").exists():
         there = open_run(path)
-        differ = {f.name for f in dataclasses.fields(Run) if getattr(there.run, f.name) != getattr(run, f.name)}
-        differ -= {"data_dir", "recipe"}
+        differ = there.run.differences(run)
         if differ:
-            what = ", ".join(f"{n}={getattr(there.run, n)} there, {getattr(run, n)} asked" for n in sorted(differ))
+            what = ", ".join(f"{n}={mine} there, {asked} asked" for n, (mine, asked) in sorted(differ.items()))
             raise ValueError(f"{path} holds another run ({what}); choose another --out")
+        if there.trainer != TRAINER and there.tasks != there.planned_tasks:
+            raise ValueError(
+                f"{path} was begun by an earlier version (trainer {there.trainer}), whose numbers differ from this one's "
+                f"(trainer {TRAINER}): finish it with that version ({there.git or 'unknown commit'}), or choose another --out"
+            )
         return there
     if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
         raise ValueError(f"{path} is not empty and holds no run.json; choose another --out")
-    directory = describe(path, run, dataset)
+    directory = describe(path, run, dataset, device)
     path.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "run": run.to_dict()}
     content |= {k: v for k, v in vars(directory).items() if k not in ("path", "run")}
@@ -250,15 +286,17 @@ def open_run(path: str | Path) -> RunDir:
         version = content.pop("format")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path / 'run.json'} is damaged: it is not the JSON that a run writes") from None
-    if version != FORMAT:
-        raise ValueError(f"{path} was written in format {version}; this version reads format {FORMAT}")
+    if version not in range(1, FORMAT + 1):
+        raise ValueError(f"{path} was written in format {version}; this version reads formats 1 to {FORMAT}")
+    if version == 1:
+        content = {"trainer": 1, "device": ""} | content
     names = ["run", *(f.name for f in dataclasses.fields(RunDir) if f.name not in ("path", "run"))]
     missing, unknown = [n for n in names if n not in content], [n for n in content if n not in names]
     if missing or unknown:
         wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(unknown)}"
         raise ValueError(f"{path / 'run.json'} {wrong}: it was written by another version")
     try:
-        run = Run.from_dict(content.pop("run"))
+        run = Run.from_dict(content.pop("run"), version)
         for field in ("image_size", "mean", "std"):
             content[field] = tuple(content[field])
         directory = RunDir(path, run, **content)

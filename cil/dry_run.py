@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,11 +18,36 @@ from cil.run import Run
 from cil.schedule import Phase, learning_rate, memory_size, plan, total_steps
 from cil.train import Learner, freeze, frozen_parts, in_class_order, load_dataset
 
-MEASURED_STEPS = 3  # after one to warm up
+MEASURED_STEPS = 5  # after one to warm up, if they take no longer than
+ENOUGH = 4.0  # seconds
+BUSY = 1.25  # times its CPU time that a step takes where other work is in the way
 
 
-def describe_plan(run: Run, device: str = "cpu") -> str:
-    """What --dry-run prints: tasks, images, steps, memory, learning rates; time from a few measured steps; disk."""
+class Stopwatch:
+    """Times work, and tells by how much more time it took than the processor was given to it."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = 0.0, 0.0
+
+    def fastest(self, work: Callable[[], object]) -> float:
+        """Seconds of the fastest of a few turns: what disturbs a turn makes it slower, never faster."""
+        work()
+        taken = []
+        while len(taken) < MEASURED_STEPS and (sum(taken) < ENOUGH or not taken):
+            wall, cpu = time.perf_counter(), time.thread_time()
+            work()
+            taken.append(time.perf_counter() - wall)
+            self.wall, self.cpu = self.wall + taken[-1], self.cpu + time.thread_time() - cpu
+        return min(taken)
+
+    @property
+    def slowdown(self) -> float:
+        """Time over CPU time of the thread that computes: about 1 on a quiet machine."""
+        return self.wall / max(self.cpu, 1e-9)
+
+
+def describe_plan(run: Run, device: str = "cpu", echo: Callable[[str], None] = print) -> None:
+    """What --dry-run prints: tasks, images, steps, memory, learning rates, disk; then, from a few measured steps, the time."""
     dataset = load_dataset(run)
     directory = checkpoint.describe("run", run, dataset)
     dataset = in_class_order(dataset, directory)
@@ -45,11 +71,21 @@ def describe_plan(run: Run, device: str = "cpu") -> str:
         f"{total_steps(phases)} steps at batch {run.batch_size}, {images} images; {kept} exemplars at the end, "
         f"memory {run.memory_mode}; {parameters} parameters",
         f"{run.training} training on {run.dataset}, {run.scenario}, {len(directory.class_order)} classes",
-        f"estimated time: {duration(estimate(directory, dataset, phases, device))} on {device} with "
-        f"{torch.get_num_threads()} threads, from {MEASURED_STEPS} measured steps of each kind",
         f"disk: {directory.size_on_disk() / 1e6:.1f} MB at its largest",
     ]
-    return "\n".join(lines)
+    echo("\n".join(lines))
+    watch = Stopwatch()
+    seconds = estimate(directory, dataset, phases, device, watch)
+    threads = torch.get_num_threads()
+    echo(
+        f"estimated time: {duration(seconds)} on {device} with {threads} thread{'s' * (threads > 1)}, "
+        "from the fastest of a few steps of each kind"
+    )
+    if watch.slowdown > BUSY:
+        echo(
+            f"this machine is busy: the steps took {watch.slowdown:.1f} times their CPU time; left alone, it would need about "
+            f"{duration(seconds / watch.slowdown)}"
+        )
 
 
 def exemplars_in(directory: RunDir, phase: Phase) -> str:
@@ -61,27 +97,29 @@ def exemplars_in(directory: RunDir, phase: Phase) -> str:
     return f"{budget_per_class(directory.run.memory, classes)} of {classes}"
 
 
-def estimate(directory: RunDir, dataset: Dataset, phases: list[Phase], device: str) -> float:
+def estimate(
+    directory: RunDir, dataset: Dataset, phases: list[Phase], device: str, watch: Stopwatch | None = None
+) -> float:
     """Seconds for the whole run: training, prediction after each task, herding; loading the data is left out.
 
     Steps of the first and the last phase of each kind are measured, and an image of a phase between costs their mean.
     """
-    kinds = {}
+    kinds, watch = {}, watch or Stopwatch()
     for phase in phases:
         kinds.setdefault((phase.name, phase.task > 0), []).append(phase)
     seconds = 0.0
     for same in kinds.values():
         ends = {phase.task: phase for phase in (same[0], same[-1])}.values()
-        cost = statistics.mean(seconds_per_image(directory, dataset, phase, device) for phase in ends)
+        cost = statistics.mean(seconds_per_image(directory, dataset, phase, device, watch) for phase in ends)
         seconds += cost * sum(phase.images_drawn for phase in same)
     predicted = [directory.scenario[: t + 1].select(dataset.test.labels) for t in directory.planned_tasks]
     herded = (dataset.train.labels >= 0).sum() if directory.run.training == "incremental" else 0
-    forward = seconds_of_prediction(directory, dataset, device)
+    forward = seconds_of_prediction(directory, dataset, device, watch)
     return seconds + forward * (sum(map(len, predicted)) + int(herded))
 
 
-def seconds_per_image(directory: RunDir, dataset: Dataset, phase: Phase, device: str) -> float:
-    """Of training in `phase`, median of a few steps of a batch that is small on a CPU; nothing is learned from it."""
+def seconds_per_image(directory: RunDir, dataset: Dataset, phase: Phase, device: str, watch: Stopwatch) -> float:
+    """Of training in `phase`, by the fastest of a few steps of a batch that is small on a CPU; nothing is learned from it."""
     run, scenario = directory.run, directory.scenario
     model = directory.grown_model(phase.task).to(device)
     teacher = None
@@ -98,27 +136,17 @@ def seconds_per_image(directory: RunDir, dataset: Dataset, phase: Phase, device:
     )
     indices = torch.cat([new, old[: max(0, phase.images - len(new))]])
     size = min(run.batch_size, len(indices), run.batch_size if device.startswith("cuda") else 32)
-    taken = []
-    for step in range(1 + MEASURED_STEPS):
-        batch = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(step))[:size]]
-        (x,) = dataset.train.batches([batch], [batch])
-        began = time.perf_counter()
-        learner.step(x, dataset.train.labels[batch], ("estimate", step))
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:]) / size
+    batch = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size]]
+    (x,) = dataset.train.batches([batch], [batch])
+    return watch.fastest(lambda: learner.step(x, dataset.train.labels[batch], ("estimate", 0))) / size
 
 
 @torch.no_grad()
-def seconds_of_prediction(directory: RunDir, dataset: Dataset, device: str) -> float:
+def seconds_of_prediction(directory: RunDir, dataset: Dataset, device: str, watch: Stopwatch) -> float:
     """Of one image."""
     model = directory.grown_model(directory.planned_tasks[-1]).to(device).eval()
     (x,) = dataset.test.batches([torch.arange(min(32, len(dataset.test.labels)))])
-    taken = []
-    for _ in range(1 + MEASURED_STEPS):
-        began = time.perf_counter()
-        model(normalize(x.to(device), dataset.mean, dataset.std)).argmax(1).cpu()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:]) / len(x)
+    return watch.fastest(lambda: model(normalize(x.to(device), dataset.mean, dataset.std)).argmax(1).cpu()) / len(x)
 
 
 def duration(seconds: float) -> str:

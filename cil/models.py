@@ -10,25 +10,32 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from cil import parallel
 from cil.attention import ATTENTION, TaskAttention
 from cil.methods import METHODS
 from cil.run import Run
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a row of the batch is dropped with probability p, and the others grow by 1 / (1 - p)."""
+    """Stochastic depth: in training, a row of the batch is dropped with probability p, and the others grow by 1 / (1 - p).
+
+    Which rows are dropped is drawn by cil.draws for all calls of a step and laid into `kept`; in a training loop that does
+    not do so, each call draws from torch's generator.
+    """
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
+        self.kept: list[Tensor] = []  # of the calls to come: 0 or 1 / (1 - p), float32
+        self.calls: list[tuple[DropPath, tuple[int, ...]]] | None = None  # where `drop_path_calls` listens
 
     def forward(self, x: Tensor, per: int = 1) -> Tensor:
         """x of any shape; drawn separately for each index of its first `per` dimensions, the first being the batch."""
+        if self.calls is not None:
+            self.calls.append((self, tuple(x.shape[:per])))
         if not self.training or not self.p:
             return x
-        shape = (parallel.whole(len(x)), *x.shape[1:per], *[1] * (x.dim() - per))
-        return x * parallel.own(x.new_empty(shape).bernoulli_(1 - self.p)) / (1 - self.p)
+        kept = self.kept.pop(0) if self.kept else torch.empty(x.shape[:per]).bernoulli_(1 - self.p) / (1 - self.p)
+        return x * kept.to(x).view(*kept.shape, *[1] * (x.dim() - per))
 
 
 class Block(nn.Module):
@@ -190,6 +197,27 @@ def create_model(run: Run, image_size: tuple[int, int]) -> Incremental:
 def self_attention(run: Run, index: int, grid: tuple[int, int]) -> nn.Module:
     """The attention layer of block `index`: LPA in the first n_lpa blocks, run.attention in the others."""
     return ATTENTION["lpa" if index < run.n_lpa else run.attention](run, grid)
+
+
+@torch.no_grad()
+def drop_path_calls(model: Incremental, image_size: tuple[int, int]) -> list[tuple[DropPath, tuple[int, ...]]]:
+    """The calls of stochastic depth in a training step, in order: the module, and the shape of what it draws for an image.
+
+    Found by watching one image pass in eval mode; modules that are frozen in eval mode draw nothing and are left out.
+    """
+    paths, calls = [m for m in model.modules() if isinstance(m, DropPath)], []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for path in paths:
+        path.calls = calls
+    try:
+        model.forward_features(torch.zeros(1, 3, *image_size, device=next(model.parameters()).device))
+    finally:
+        for path in paths:
+            path.calls = None
+        for module, training in modes.items():
+            module.training = training
+    return [(path, shape) for path, shape in calls if path.training and path.p]
 
 
 def init_weights(module: nn.Module, std: float) -> None:

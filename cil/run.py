@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,12 @@ import torch
 from cil import augment
 from cil.attention import ATTENTION
 from cil.methods import METHODS
+
+FORMAT = 2  # of run.json
+# Settings by the format that brought them, and what a run of an earlier format was trained with.
+ADDED: dict[int, dict[str, object]] = {
+    2: {"positional_start": "local", "positional_frozen": False, "gate_init": 1.0, "checkpoints": ""},
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Run:
     attention: str = "gpsa"  # gpsa | mhsa: the self-attention blocks that are not LPA
     n_lpa: int = 0  # LPA blocks, from the shallow end
     locality_strength: float = 1.0
+    positional_start: str = (
+        "local"  # local | random: GPSA's w and LPA's v of every head, with the spread of the local ones
+    )
+    positional_frozen: bool = False  # w and v stay as they start
+    gate_init: float = 1.0  # of GPSA: the share of positional attention starts at its sigmoid
     lambda_init: float = 0.02
     lambda_init_mode: str = "constant"  # constant (paper) | normal (released code)
     extra_heads: str = "random"  # random | uniform: heads beyond the K x K that have an offset
@@ -74,6 +85,8 @@ class Run:
     finetune_lr: float = 5e-5
     amp: str = "none"  # none | bf16
     eval_amp: str = "none"  # none | bf16 | fp16: precision of predictions
+    # Steps that a network has taken, like 0,10,30,100: its weights are kept then, too, and are measured. Changes no number.
+    checkpoints: str = ""
     frozen_eval: bool = True  # frozen modules are in eval mode, without stochastic depth
 
     # augmentation
@@ -111,11 +124,18 @@ class Run:
             )
         if self.attention == "lpa":
             raise ValueError("attention='lpa' is what n_lpa is for: the number of LPA blocks, from the shallow end")
-        self.memories  # noqa: B018 - says what is wrong with memory_mode
+        self.memories, self.checkpoint_steps  # noqa: B018 - say what is wrong with memory_mode and checkpoints
         if self.model != "convit" and not self.model.startswith("timm/"):
             raise ValueError(f"model={self.model!r} is neither convit nor of the form timm/NAME")
         if self.model != "convit" and (self.method != "baseline" or self.n_lpa):
             raise ValueError(f"model={self.model} goes with method=baseline and n_lpa=0: it has its own blocks")
+        positional = self.positional_start, self.positional_frozen
+        if positional != ("local", False) and (self.model != "convit" or (self.attention != "gpsa" and not self.n_lpa)):
+            raise ValueError(
+                "positional_start and positional_frozen are for networks with GPSA or LPA, and this has neither"
+            )
+        if self.gate_init != 1 and (self.model != "convit" or self.attention != "gpsa" or self.n_lpa == self.depth - 1):
+            raise ValueError(f"gate_init={self.gate_init} is for networks with GPSA, and this has none")
         if self.model == "convit" and self.global_pool:
             raise ValueError(f"global_pool={self.global_pool} is for timm models; convit has tokens")
         if 0 < self.cosine_epochs_first < self.epochs_first:
@@ -132,11 +152,13 @@ class Run:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, object]) -> Run:
-        """The inverse of `to_dict`. Nothing is silently defaulted.
+    def from_dict(cls, values: dict[str, object], format: int = FORMAT) -> Run:
+        """The inverse of `to_dict`. A setting that came after `format` is what it was before it was one (ADDED); nothing
+        else is silently defaulted.
 
         Raises ValueError for a missing or unknown key and a value of another type.
         """
+        values = {k: v for since, added in ADDED.items() if since > format for k, v in added.items()} | values
         names = [f.name for f in dataclasses.fields(cls)]
         missing, unknown = [n for n in names if n not in values], [n for n in values if n not in names]
         if missing or unknown:
@@ -176,21 +198,39 @@ class Run:
             raise ValueError(f"memory_mode={self.memory_mode} does not divide batch_size={self.batch_size}")
         return int(match[1]) if match else 1
 
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """`checkpoints` as numbers of steps, ascending."""
+        words = self.checkpoints.split(",") if self.checkpoints else []
+        steps = [int(word) if re.fullmatch(r"\d{1,9}", word) else -1 for word in words]
+        if -1 in steps or steps != sorted(set(steps)):
+            raise ValueError(
+                f"checkpoints={self.checkpoints!r} is no list of ascending numbers of steps, like 0,10,100"
+            )
+        return tuple(steps)
+
     def joint(self, training: str = "joint") -> Run:
         """The joint-learning counterpart: same everything but `training`."""
         return dataclasses.replace(self, training=training)
 
+    def differences(self, other: Run, free: Collection[str] = ()) -> dict[str, tuple[object, object]]:
+        """Settings in which the two differ, less those in `free` and those that change no number: name -> (mine, other's)."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in (*free, *CHANGE_NOTHING)]
+        both = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
     def is_twin_of(self, other: Run) -> bool:
         """Whether the two are equal in everything that the science depends on, except `training`."""
-        free = {"training": "joint", "recipe": "", "data_dir": ""}
-        return dataclasses.replace(self, **free) == dataclasses.replace(other, **free)
+        return not self.differences(other, {"training"})
 
 
+CHANGE_NOTHING = ("recipe", "data_dir", "checkpoints")  # settings that no number of training depends on
 CHOICES = {
     "training": ("incremental", "joint", "joint-terminal", "joint-as-long"),
     "class_order": ("icarl", "imagenet100", "alphabetical"),
     "method": METHODS,
     "attention": ATTENTION,
+    "positional_start": ("local", "random"),
     "lambda_init_mode": ("constant", "normal"),
     "extra_heads": ("random", "uniform"),
     "global_pool": ("", "token", "avg"),
@@ -207,7 +247,7 @@ RANGES = {
     "mixup weight_decay init_std lr_min warmup_lr locality_strength": (lambda v: 0 <= v < math.inf, "at least 0"),
     "lr_first lr finetune_lr mlp_ratio kd_tau": (lambda v: 0 < v < math.inf, "above 0"),
     "drop_path smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "lambda_init": (math.isfinite, "finite"),
+    "lambda_init gate_init": (math.isfinite, "finite"),
 }  # fmt: skip
 
 

@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cil import draws
 from cil.checkpoint import RunDir
 from cil.data import Dataset
 from cil.memory import budget_per_class
-from cil.run import Run, randomness
+from cil.run import Run
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def epoch_batches(run: Run, phase: Phase, epoch: int) -> tuple[tuple[Tensor, ...
     With several memories, the images go round the processes that are emulated, each of which reads its own memory.
     """
     n, order = phase.images, phase.indices
-    with randomness(run.seed, phase.task, phase.name, epoch) as generator:
-        drawn = torch.randperm(n, generator=generator).repeat_interleave(run.repeats)[:n]
-        seeds = torch.randint(2**62, (n,), generator=generator)
+    drawn, seeds = draws.of_epoch(run, phase.task, phase.name, epoch, n)
     order = order[torch.arange(n) % len(order), drawn]
     return order.split(phase.batch_size)[: phase.steps], seeds.split(phase.batch_size)[: phase.steps]
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+AFTER = -1  # the `at_step` of a network after its task, not inside it
+
 
 @dataclass(frozen=True)
 class Table:
-    """A tidy table: `keys` name a row, `values` are measured for it. Both map a column to (dtype, unit and meaning)."""
+    """A tidy table: `keys` name a row, `values` are measured for it. Both map a column to (dtype, unit and meaning).
+
+    added: columns that files of an earlier version may lack -> what they then hold. A table that is written has them all.
+    """
 
     name: str
     keys: dict[str, tuple[str, str]]
     values: dict[str, tuple[str, str]]
+    added: dict[str, object] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, tuple[str, str]]:
@@ -73,7 +79,7 @@ class Table:
         for column in text:
             if column in frame:
                 frame[column] = frame[column].fillna("")
-        return self.check(frame)
+        return self.check(frame.assign(**{c: value for c, value in self.added.items() if c not in frame}))
 
 
 ACCURACY = Table(

@@ -17,13 +17,15 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from cil import augment, checkpoint, data, losses, parallel
+from cil import augment, checkpoint, data, draws, losses, parallel
 from cil.checkpoint import RunDir
 from cil.data import Dataset
+from cil.device import ieee_float32
+from cil.draws import Draws
 from cil.evaluate import accuracy_rows, batch_size
 from cil.memory import budget_per_class, remember
 from cil.methods import METHODS
-from cil.models import Incremental
+from cil.models import Incremental, drop_path_calls
 from cil.run import Run, randomness
 from cil.scenario import relabel
 from cil.schedule import (
@@ -101,8 +103,9 @@ def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambd
     Under torchrun (parallel.processes), all processes call this. Raises ValueError for a run that does not fit its data,
     or an `out` that holds something else or that another process trains in.
     """
+    ieee_float32()
     dataset, session = load_dataset(run), Session(device, report)
-    directory = parallel.once(checkpoint.create, out, run, dataset)
+    directory = parallel.once(checkpoint.create, out, run, dataset, device)
     dataset = in_class_order(dataset, directory)
     with session.interruptible(), contextlib.ExitStack() as locked:
         parallel.once(locked.enter_context, directory.lock())
@@ -172,6 +175,8 @@ def fit(
         first_epoch, first_step, sums, seconds = (saved[k] for k in ("epoch", "step", "sums", "seconds"))
     phases = plan(directory, dataset)
     before, total = steps_before(phases, phase), total_steps(phases)
+    older = before if run.training == "incremental" else 0  # steps that this network has behind it
+    wanted = set(run.checkpoint_steps)
     rows, last_saved, pause = [], time.monotonic(), SAVE_EVERY
 
     def save(epoch: int, step: int) -> None:
@@ -191,6 +196,12 @@ def fit(
         rows, last_saved = [], time.monotonic()
         pause = max(SAVE_EVERY, 50 * (last_saved - began))
 
+    def keep(steps: int) -> None:
+        if steps in wanted and parallel.rank() == 0:
+            directory.save_checkpoint(phase.task, steps, model)
+
+    if not older and (first_epoch, first_step) == (0, 0):
+        keep(0)
     session.in_epoch = True
     for epoch in range(first_epoch, phase.epochs):
         batches, seeds = epoch_batches(run, phase, epoch)
@@ -210,7 +221,9 @@ def fit(
                     f"{learner.learning_rate:.3g}; the last good state: {directory.last_good()}"
                 )
             sums += torch.tensor([loss, hits], dtype=torch.float64)
-            done, drawn = before + epoch * phase.steps + step + 1, len(batches[step])
+            taken, drawn = epoch * phase.steps + step + 1, len(batches[step])
+            keep(older + taken)
+            done = before + taken
             at = phase.task, len(scenario), phase.name, epoch, phase.epochs
             session.report(Progress(*at, loss, hits, done, total, drawn))
             seconds, here = time.perf_counter() - began, (epoch, step + 1)
@@ -241,8 +254,9 @@ class Learner:
         self.num_classes = len(scenario[: task + 1].labels)
         self.num_old = scenario[task].labels.start if run.training == "incremental" else 0
         self.divergence = METHODS[run.method].divergence
+        self.drop_paths = drop_path_calls(model, directory.image_size)
         groups = param_groups_weight_decay(model, run.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8)
+        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
     @property
     def learning_rate(self) -> float:
@@ -261,8 +275,12 @@ class Learner:
         distilled = y < self.num_old if run.kd_rows == "old" else None  # None: all
         taught = self.teacher is not None and run.kd and (distilled is None or bool(distilled.any()))
         with parallel.batch(len(y)), randomness(run.seed, *place) as generator:
+            calls = [(path.p, shape) for path, shape in self.drop_paths]
+            drawn = draws.of_step(run, len(y), calls, generator).to(self.device)
             x, own = x.to(self.device), parallel.own(y).to(self.device)
-            x, targets = augmented(run, x, own, self.num_classes, self.dataset, generator)
+            x, targets = augmented(run, x, own, self.num_classes, self.dataset, drawn)
+            for (path, _), kept in zip(self.drop_paths, drawn.drop_path, strict=True):
+                path.kept.append(kept)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
                 mine = parallel.own(distilled) if distilled is not None else None
                 old_logits = teach(self.teacher, x, mine, self.num_old) if taught else None
@@ -287,17 +305,17 @@ class Learner:
 
 
 def augmented(
-    run: Run, x: Tensor, y: Tensor, num_classes: int, dataset: Dataset, generator: torch.Generator
+    run: Run, x: Tensor, y: Tensor, num_classes: int, dataset: Dataset, drawn: Draws
 ) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, H, W], labels [B] -> what the network sees [B, 3, H, W], soft targets [B, C]."""
-    if run.crop_padding:
-        x = augment.random_crop(x, run.crop_padding, generator)
-    if run.flip:
-        x = augment.random_flip(x, generator)
-    if run.rand_augment:
-        x = augment.rand_augment(x, run.rand_augment, generator)
+    """uint8 [b, 3, H, W], labels [b] -> what the network sees [b, 3, H, W], soft targets [b, C]."""
+    if drawn.crop is not None:
+        x = augment.crop(x, drawn.crop, run.crop_padding)
+    if drawn.flip is not None:
+        x = augment.flip(x, drawn.flip)
+    if drawn.operations:
+        x = augment.rand_augment(x, drawn.operations)
     x = augment.normalize(x, dataset.mean, dataset.std)
-    return augment.mixup(x, y, num_classes, run.mixup, run.smoothing, generator)
+    return augment.mixup(x, y, num_classes, drawn.lam, run.smoothing)
 
 
 @torch.no_grad()
@@ -329,7 +347,7 @@ def herding_features(
     for x, seed in zip(dataset.train.batches(mine, my_seeds if run.herding_crop else None), my_seeds, strict=True):
         if run.herding_crop and run.crop_padding:
             with randomness(run.seed, *place, int(seed[0])) as generator:
-                x = augment.random_crop(x, run.crop_padding, generator)
+                x = augment.crop(x, draws.crop_offsets(len(x), run.crop_padding, generator), run.crop_padding)
         x = augment.normalize(x.to(device), dataset.mean, dataset.std)
         features.append(model.forward_features(x).flatten(1).cpu())
     return torch.cat(parallel.join(features, len(batches)))

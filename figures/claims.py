@@ -13,13 +13,14 @@ interval over images, with these very weights, stands beside it. The rule:
 A claim of several parts holds if all of them hold, and does not hold if one of them does not. Two sides of a comparison
 may differ in what the claim is about and in nothing else: settings, steps and probe images are compared, and a pair that
 breaks this is refused and named in `reason`.
+
+The scale `learned` has statistics and a rule of its own: figures.registered. Which runs and pairs there are: figures.selection.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,8 +28,21 @@ import pandas as pd
 from scipy import stats
 
 from cil.evaluate import scores
+from figures.selection import (
+    HALF_AN_EPOCH,
+    Tables,
+    alike,
+    depth_sweep,
+    first_setting,
+    lambda_sweep,
+    layers_of,
+    measured,
+    pairs,
+    scope,
+    systems,
+)
 from locality_probe.intervals import bootstrap, over_seeds
-from locality_probe.tables import CLAIMS, INITIAL
+from locality_probe.tables import CLAIMS
 
 MIN_SEEDS = 3
 NEAR = (0.01, 0.05)  # the lambda_init that count as near the paper's 0.02
@@ -44,17 +58,15 @@ SENTENCES = {
     "C7": "more LPA layers are better, steadily (figure 9)",
     "C8": "shallow layers transfer better and are more local (figure 5)",
 }
-HALF_AN_EPOCH = (
-    0.02  # joint-as-long takes whole epochs; at any scale, half of one is at most this share of all its steps
-)
-ALWAYS_FREE = {"recipe", "data_dir"}
-
-Tables = Mapping[str, pd.DataFrame]  # files of STUDY
+REGISTERED = "learned"  # the scale that figures.registered judges
 
 
 @dataclass
 class Part:
-    """A statistic: `values` [seeds or pairs], and where it is a mean over images `images` [images], averaged over seeds."""
+    """A statistic: `values` [seeds or pairs], and where it is a mean over images `images` [images], averaged over seeds.
+
+    margin: the smallest effect that matters, in `unit`; NaN where the rule has none.
+    """
 
     name: str
     statistic: str
@@ -62,6 +74,7 @@ class Part:
     values: np.ndarray
     images: np.ndarray | None = None
     number_of_images: int = 0
+    margin: float = math.nan
 
 
 @dataclass
@@ -76,6 +89,10 @@ def judge(tables: Tables) -> pd.DataFrame:
     """The table CLAIMS of a study of one scale: for each claim a row as a whole, then a row a part."""
     runs, rows = tables["runs.csv"], []
     scale = runs["scale"].iloc[0] if len(runs) else ""
+    if scale == REGISTERED:
+        from figures import registered  # which takes its statistics from this module
+
+        return registered.judge(tables)
     for claim, collect in EVIDENCE.items():
         evidence = collect(tables, scope(runs)) if len(runs) else Evidence()
         parts = [_row(claim, part, len(evidence.parts), scale) for part in evidence.parts]
@@ -96,13 +113,34 @@ def verdict(values: np.ndarray, low: float, high: float, low_images: float, high
 def _row(claim: str, part: Part, parts: int, scale: str) -> dict[str, object]:
     values = np.asarray(part.values, float)
     low, high = over_seeds(values, parts) if len(values) > 1 else (math.nan, math.nan)
-    low_images, high_images = bootstrap(part.images) if part.images is not None else (math.nan, math.nan)
+    over_images = bootstrap(part.images) if part.images is not None else (math.nan, math.nan)
     reason = f"{len(values)} of at least {MIN_SEEDS} seeds" if len(values) < MIN_SEEDS else ""
+    judged = verdict(values, low, high, *over_images)
+    return part_row(claim, part, scale, (low, high), judged, reason, over_images=over_images)
+
+
+def part_row(
+    claim: str, part: Part, scale: str, over_seeds: tuple[float, float], verdict: str, reason: str,
+    over_images: tuple[float, float] = (math.nan, math.nan), power: float = math.nan,
+) -> dict[str, object]:  # fmt: skip
+    """A row of CLAIMS about a part, with its intervals (low, high)."""
     return {
-        "claim": claim, "part": part.name, "statistic": part.statistic, "unit": part.unit, "value": values.mean(),
-        "low": low, "high": high, "low_images": low_images, "high_images": high_images, "seeds": len(values),
-        "images": part.number_of_images, "scale": scale, "verdict": verdict(values, low, high, low_images, high_images),
-        "reason": reason,
+        "claim": claim, "part": part.name, "statistic": part.statistic, "unit": part.unit, "value": np.mean(part.values),
+        "low": over_seeds[0], "high": over_seeds[1], "low_images": over_images[0], "high_images": over_images[1],
+        "margin": part.margin, "power": power, "seeds": len(part.values), "images": part.number_of_images, "scale": scale,
+        "verdict": verdict, "reason": reason,
+    }  # fmt: skip
+
+
+def whole_row(
+    claim: str, parts: list[dict], seeds: int, scale: str, verdict: str, reasons: list[str]
+) -> dict[str, object]:
+    """A row of CLAIMS about a claim as a whole, given the rows of its parts."""
+    empty = dict.fromkeys(("value", "low", "high", "low_images", "high_images", "margin", "power"), math.nan)
+    return {
+        "claim": claim, "part": "", "statistic": SENTENCES[claim], "unit": "", **empty, "seeds": seeds,
+        "images": max((part["images"] for part in parts), default=0), "scale": scale, "verdict": verdict,
+        "reason": "; ".join(reasons),
     }  # fmt: skip
 
 
@@ -115,90 +153,17 @@ def _whole(claim: str, parts: list[dict], refused: list[str], scale: str) -> dic
     reasons = [f"{words[v]}: {', '.join(names)}" for v, names in by_verdict.items() if names] or ["not run"]
     if verdict == HOLDS:
         reasons = ["every part holds"]
-    return {
-        "claim": claim, "part": "", "statistic": SENTENCES[claim], "unit": "", "value": math.nan, "low": math.nan,
-        "high": math.nan, "low_images": math.nan, "high_images": math.nan,
-        "seeds": min((part["seeds"] for part in parts), default=0),
-        "images": max((part["images"] for part in parts), default=0), "scale": scale, "verdict": verdict,
-        "reason": "; ".join([*reasons, *refused]),
-    }  # fmt: skip
-
-
-# Which runs, and which pairs of them.
-
-
-def scope(runs: pd.DataFrame) -> pd.DataFrame:
-    """RUNS with parsed settings."""
-    return runs.assign(parsed=[json.loads(text) for text in runs["settings"]])
-
-
-def first_setting(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of the setting that D_loc, spectra and sweeps are about: B10-10 on CIFAR-100, or the demo's only one."""
-    return runs[runs["setting"].isin(["b10-10", ""])]
-
-
-def systems(runs: pd.DataFrame, lpa: bool, method: str = "baseline", training: str = "incremental") -> pd.DataFrame:
-    """Runs of one system of the paper's tables: LPA in all blocks or in none, lambda_init as published."""
-    n = runs["lpa_blocks"] if lpa else 0
-    usual = (runs["lambda_init"] == 0.02) & (runs["n_lpa"] == n)
-    return runs[usual & (runs["method"] == method) & (runs["training"] == training)]
-
-
-def pairs(
-    left: pd.DataFrame, right: pd.DataFrame, free: set[str], tables: Tables, kind: str, steps: float = 0.0
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """(run, run) of equal setting, method and seed; and a sentence for each pair that is refused.
-
-    free: settings in which the sides may differ. steps: the share by which their numbers of steps may (any for joint training
-    task by task, which sees old classes again by its very nature). kind: of measurement, whose images must be the same ones.
-    """
-    found, refused = [], []
-    measured = tables["measurements.csv"].set_index(["run", "kind"])["sha256"]
-    places = ["setting", "method", "seed"]
-    there = {tuple(row[place] for place in places): row for _, row in right.iterrows()}
-    for _, row in left.iterrows():
-        other = there.get(tuple(row[place] for place in places))
-        if other is None or any((run, kind) not in measured.index for run in (row["run"], other["run"])):
-            continue
-        wrong = confounders(row, other, free, steps)
-        if measured[row["run"], kind] != measured[other["run"], kind]:
-            wrong.append("probe images")
-        if wrong:
-            refused.append(f"refused: {row['run']} and {other['run']} differ in {', '.join(wrong)}")
-        else:
-            found.append((row["run"], other["run"]))
-    return found, refused
-
-
-def confounders(row: pd.Series, other: pd.Series, free: set[str], steps: float = 0.0) -> list[str]:
-    """Names of the settings in which two rows of `scope` differ though they may not; and of steps, by more than a share."""
-    mine, others = row["parsed"], other["parsed"]
-    wrong = [key for key in mine | others if mine.get(key) != others.get(key) and key not in free | ALWAYS_FREE]
-    return wrong + (["steps"] if abs(row["steps"] - other["steps"]) > steps * row["steps"] else [])
+    seeds = min((part["seeds"] for part in parts), default=0)
+    return whole_row(claim, parts, seeds, scale, verdict, [*reasons, *refused])
 
 
 # What is computed.
-
-
-def layers_of(tables: Tables, runs: list[str]) -> np.ndarray:
-    """D_loc of each run after each task: [runs, images, tasks, layers], patches; task -1 is left out."""
-    rows = tables["layer_images.parquet"]
-    rows = rows[rows["run"].isin(runs) & (rows["task"] != INITIAL)]
-    cube = rows.pivot(index=["run", "image"], columns=["task", "layer"], values="d_loc").sort_index(axis=1)
-    shape = [len(cube.columns.levels[0]), len(cube.columns.levels[1])]
-    return np.stack([cube.loc[run].to_numpy(float).reshape(-1, *shape) for run in runs])
 
 
 def slopes(y: np.ndarray, axis: int) -> np.ndarray:
     """Least-squares slope of y against 0, 1, 2 ... along an axis."""
     x = np.arange(y.shape[axis]) - (y.shape[axis] - 1) / 2
     return np.tensordot(y, x / (x**2).sum(), axes=(axis, 0))
-
-
-def measured(tables: Tables, runs: pd.DataFrame, kind: str) -> list[str]:
-    """Those of the runs that a kind of measurement is there of."""
-    rows = tables["measurements.csv"]
-    return [run for run in runs["run"] if run in set(rows.loc[rows["kind"] == kind, "run"])]
 
 
 def grows(tables: Tables, runs: pd.DataFrame) -> Evidence:
@@ -271,7 +236,7 @@ def lpa_pays(tables: Tables, runs: pd.DataFrame) -> Evidence:
                                     ("Fgt", -1, "without LPA minus with")):  # fmt: skip
         values = [sign * (percent[lpa][metric] - percent[plain][metric]) for lpa, plain in found]
         words = f"{metric} {statistic}, over scenarios, methods and seeds"
-        parts.append(Part(metric, words, "points", np.array(values), number_of_images=_images(tables, found[0][0])))
+        parts.append(Part(metric, words, "points", np.array(values), number_of_images=tested(tables, found[0][0])))
     return Evidence(parts, refused)
 
 
@@ -279,33 +244,41 @@ def eigenvalues_grow(tables: Tables, runs: pd.DataFrame) -> Evidence:
     found, refused = _lpa_pairs(tables, first_setting(runs), "spectrum")
     if not found:
         return Evidence(refused=refused)
-    values, summary = tables["spectrum.parquet"], tables["spectrum_summary.parquet"]
-
-    def of(frame: pd.DataFrame, run: str) -> pd.DataFrame:
-        return frame[
-            (frame["run"] == run) & (frame["layer"] == "token") & (frame["group"] == "all") & (frame["task"] >= 0)
-        ]
-
-    ratios, ranks = [], []
-    for lpa, plain in found:
-        logs = [of(values, run).set_index(["task", "rank"])["eigenvalue"].map(np.log10) for run in (lpa, plain)]
-        ratios.append((logs[0] - logs[1]).mean())
-        effective = [of(summary, run)["effective_rank"].mean() for run in (lpa, plain)]
-        ranks.append(effective[0] - effective[1])
-    rows = tables["measurements.csv"]
-    n = int(rows.loc[(rows["kind"] == "spectrum") & (rows["run"] == found[0][0]), "images"].iloc[0])
+    ratios = [logs.mean() for logs in eigenvalue_ratios(tables, found)]
+    n = images_of(tables, found[0][0], "spectrum")
     of_what = "token that the newest head is fed, all classes, mean over tasks"
     return Evidence([
         Part("as they are", f"log10 of eigenvalue with LPA over that without, mean over ranks; {of_what}", "decades",
              np.array(ratios), number_of_images=n),
-        Part("scale-free", f"effective rank with LPA minus without; {of_what}", "dimensions", np.array(ranks),
+        Part("scale-free", f"effective rank with LPA minus without; {of_what}", "dimensions", rank_gains(tables, found),
              number_of_images=n),
     ], refused)  # fmt: skip
 
 
+def _of_token(frame: pd.DataFrame, run: str) -> pd.DataFrame:
+    kept = (frame["run"] == run) & (frame["layer"] == "token") & (frame["group"] == "all") & (frame["task"] >= 0)
+    return frame[kept]
+
+
+def eigenvalue_ratios(tables: Tables, found: list[tuple[str, str]]) -> list[pd.Series]:
+    """For each pair (with LPA, without): log10 of the ratio of eigenvalues, by (task, rank), of the newest head's token."""
+    rows = tables["spectrum.parquet"]
+    logs = [
+        [_of_token(rows, run).set_index(["task", "rank"])["eigenvalue"].map(np.log10) for run in pair] for pair in found
+    ]
+    return [lpa - plain for lpa, plain in logs]
+
+
+def rank_gains(tables: Tables, found: list[tuple[str, str]]) -> np.ndarray:
+    """Effective rank with LPA minus without, of the newest head's token, mean over tasks: [pairs], dimensions."""
+    rows = tables["spectrum_summary.parquet"]
+    ranks = [[_of_token(rows, run)["effective_rank"].mean() for run in pair] for pair in found]
+    return np.array([lpa - plain for lpa, plain in ranks])
+
+
 def best_near(tables: Tables, runs: pd.DataFrame) -> Evidence:
     rows = lambda_sweep(runs)
-    rows, refused = _alike(rows, {"lambda_init"})
+    rows, refused = alike(rows, {"lambda_init"})
     percent, values = percents(tables), []
     for _, of_seed in rows.groupby("seed"):
         average = np.array([percent[run]["Avg"] for run in of_seed["run"]])
@@ -315,12 +288,12 @@ def best_near(tables: Tables, runs: pd.DataFrame) -> Evidence:
     if not values:
         return Evidence(refused=refused)
     what = f"mean Avg of lambda_init in {NEAR[0]:g} to {NEAR[1]:g}, minus that of all others tried"
-    n = _images(tables, rows["run"].iloc[0])
+    n = tested(tables, rows["run"].iloc[0])
     return Evidence([Part("near 0.02", what, "points", np.array(values), number_of_images=n)], refused)
 
 
 def more_layers(tables: Tables, runs: pd.DataFrame) -> Evidence:
-    rows, refused = _alike(depth_sweep(runs), {"n_lpa"})
+    rows, refused = alike(depth_sweep(runs), {"n_lpa"})
     percent, by_seed = percents(tables), []
     for _, of_seed in rows.groupby("seed"):
         of_seed = of_seed.sort_values("n_lpa")
@@ -328,7 +301,7 @@ def more_layers(tables: Tables, runs: pd.DataFrame) -> Evidence:
             by_seed.append([percent[run]["Avg"] for run in of_seed["run"]])
     if not by_seed:
         return Evidence(refused=refused)
-    average, n = np.array(by_seed), _images(tables, rows["run"].iloc[0])
+    average, n = np.array(by_seed), tested(tables, rows["run"].iloc[0])
     parts = [Part("slope", "slope of Avg over the number of LPA layers", "points a layer", slopes(average, 1), None, n)]
     for k, step in enumerate(np.diff(average).T):
         parts.append(Part(f"{k} to {k + 1}", f"Avg with {k + 1} LPA layers minus with {k}", "points", step, None, n))
@@ -338,14 +311,17 @@ def more_layers(tables: Tables, runs: pd.DataFrame) -> Evidence:
 def shallow_serves(tables: Tables, runs: pd.DataFrame) -> Evidence:
     mine = measured(tables, systems(first_setting(runs), lpa=False), "transfer")
     mine = [run for run in mine if run in measured(tables, systems(first_setting(runs), lpa=False), "nonlocality")]
-    if not mine:
-        return Evidence()
+    return Evidence(over_layers(tables, mine) if mine else [])
+
+
+def over_layers(tables: Tables, runs: list[str]) -> list[Part]:
+    """Of claim C8: Spearman's rho over layers, of D_loc and accuracy on future classes, and of each with depth."""
     rows = tables["transfer.parquet"]
     rows = rows[(rows["group"] == "future") & (rows["control"] == "none") & (rows["probe"] == "linear")]
     rows = rows[rows["layer"].str.startswith("block ")]
     rows = rows.assign(layer=rows["layer"].str.removeprefix("block ").astype(int))
     together, depth_local, depth_serves = [], [], []
-    for run, distance in zip(mine, layers_of(tables, mine).mean(1), strict=True):  # [tasks, layers]
+    for run, distance in zip(runs, layers_of(tables, runs).mean(1), strict=True):  # [tasks, layers]
         accuracy = rows[rows["run"] == run].pivot(index="task", columns="layer", values="accuracy").to_numpy()
         depth = np.arange(distance.shape[1])
         later = range(len(accuracy))  # the last task has no future
@@ -353,13 +329,13 @@ def shallow_serves(tables: Tables, runs: pd.DataFrame) -> Evidence:
         depth_local.append(np.mean([_spearman(depth, distance[t]) for t in later]))
         depth_serves.append(np.mean([-_spearman(depth, accuracy[t]) for t in later]))
     n, rho = int(rows["test_images"].max()), "Spearman's rho over layers, mean over tasks"
-    return Evidence([
+    return [
         Part("local and useful", f"minus the {rho}, of D_loc and accuracy on future classes (linear probe)", "rho",
              np.array(together), None, n),
         Part("shallow is local", f"{rho}, of depth and D_loc", "rho", np.array(depth_local), None, n),
         Part("shallow is useful", f"minus the {rho}, of depth and accuracy on future classes (linear probe)", "rho",
              np.array(depth_serves), None, n),
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 EVIDENCE: dict[str, Callable[[Tables, pd.DataFrame], Evidence]] = {
@@ -385,32 +361,6 @@ def percents(tables: Tables) -> dict[str, dict[str, float]]:
     }
 
 
-def lambda_sweep(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of figure 8: the baseline with LPA in all blocks, by lambda_init."""
-    runs = first_setting(runs)
-    kept = (runs["method"] == "baseline") & (runs["training"] == "incremental") & (runs["n_lpa"] == runs["lpa_blocks"])
-    return runs[kept].sort_values(["lambda_init", "seed"])
-
-
-def depth_sweep(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of figure 9: the baseline with lambda_init as published, by the number of LPA blocks."""
-    runs = first_setting(runs)
-    kept = (runs["method"] == "baseline") & (runs["training"] == "incremental") & (runs["lambda_init"] == 0.02)
-    return runs[kept].sort_values(["n_lpa", "seed"])
-
-
-def _alike(runs: pd.DataFrame, free: set[str]) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of a sweep that differ from its first of the same seed in `free` alone."""
-    kept, refused = [], []
-    for _, of_seed in runs.groupby("seed"):
-        first = of_seed.iloc[0]
-        for _, row in of_seed.iterrows():
-            wrong = confounders(first, row, free)
-            kept += [row["run"]] * (not wrong)
-            refused += [f"refused: {first['run']} and {row['run']} differ in {', '.join(wrong)}"] * bool(wrong)
-    return runs[runs["run"].isin(kept)], refused
-
-
 def _lpa_pairs(tables: Tables, runs: pd.DataFrame, kind: str, method: str = "baseline"):
     return pairs(systems(runs, True, method), systems(runs, False, method), {"n_lpa"}, tables, kind)
 
@@ -424,7 +374,14 @@ def _of_images(name: str, statistic: str, unit: str, values: np.ndarray) -> Part
     return Part(name, statistic, unit, values.mean(1), values.mean(0), values.shape[1])
 
 
-def _images(tables: Tables, run: str) -> int:
+def images_of(tables: Tables, run: str, kind: str) -> int:
+    """How many images a measurement of a run took."""
+    rows = tables["measurements.csv"]
+    return int(rows.loc[(rows["kind"] == kind) & (rows["run"] == run), "images"].iloc[0])
+
+
+def tested(tables: Tables, run: str) -> int:
+    """How many test images the accuracy of a run is over."""
     rows = tables["accuracy.csv"]
     return int(rows[rows["run"] == run].groupby("on_task")["images"].first().sum())
 

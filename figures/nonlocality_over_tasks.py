@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from locality_probe.tables import INITIAL, INTERVALS, NONLOCALITY, STEPS
+from locality_probe.tables import INITIAL, INTERVALS, NONLOCALITY, STEPS, after_tasks
 
 MAX_COLUMNS = 6  # panels beside each other; a pair with more layers goes on in a further row
 ROW = 2.0  # inches: uniform attention is far above, so the lines need height
@@ -36,10 +36,11 @@ def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None, steps
     intervals: a table INTERVALS, whose intervals of these very means are drawn as bands, those over seeds where there are any.
     steps: a table STEPS; then the axis is how many thousand steps a network has taken by then, not which task it is at.
 
-    `nonlocality` has the columns of NONLOCALITY; the value at initialisation (task -1) is the incremental run's.
+    `nonlocality` has the columns of NONLOCALITY, of which checkpoints inside tasks are left out; the value at initialisation
+    (task -1) is the incremental run's.
     Raises ValueError for another table, an unknown training, or a table without a value.
     """
-    frame = NONLOCALITY.check(nonlocality)
+    frame = after_tasks(NONLOCALITY.check(nonlocality))
     unknown = sorted(set(frame["training"]) - set(SERIES))
     if unknown:
         raise ValueError(f"table {NONLOCALITY.name}: no training {unknown[0]!r}; there: {', '.join(SERIES)}")

@@ -20,15 +20,26 @@ from figures import (
     gap,
     nonlocality_over_tasks,
     paper_tables,
+    registered,
     style,
     sweeps,
     transfer,
 )
 from figures.attention_examples import Example
-from figures.claims import MIN_SEEDS, Tables, depth_sweep, first_setting, lambda_sweep, percents, scope, systems
+from figures.claims import (
+    MIN_SEEDS,
+    REGISTERED,
+    Tables,
+    depth_sweep,
+    first_setting,
+    lambda_sweep,
+    percents,
+    scope,
+    systems,
+)
 from locality_probe.intervals import intervals, over_seeds
 from locality_probe.study import Study
-from locality_probe.tables import CLAIMS, INITIAL, INTERVALS, NONLOCALITY, STUDY, TRANSFER
+from locality_probe.tables import CLAIMS, INITIAL, INTERVALS, NONLOCALITY, STUDY, TRANSFER, after_tasks
 
 
 class NotRun(ValueError):
@@ -249,7 +260,7 @@ def fig2(tables: Tables):
     layer, image = rows["layer"].max(), rows["image"].iloc[0]
     tasks = _some(rows["task"].unique(), 5)
     frame, examples = _maps(tables, runs, [image], tasks, layer)
-    mine = tables["nonlocality.parquet"].merge(runs[["run"]], on="run")
+    mine = after_tasks(tables["nonlocality.parquet"]).merge(runs[["run"]], on="run")
     mine = mine[(mine["layer"] == layer) & (mine["task"] != INITIAL)]
     distances = mine.groupby(["training", "task"], as_index=False, sort=False)["d_loc"].mean()
     frame["layer"] = layer
@@ -284,10 +295,10 @@ def distances_of(
     # A pair is named after its incremental side: its joint side may have fewer seeds.
     names = runs[runs["training"] == "incremental"].drop_duplicates("title").set_index("title")["pair"]
     runs["pair"] = [names.get(title, pair) for title, pair in zip(runs["title"], runs["pair"], strict=True)]
-    rows = tables["nonlocality.parquet"].drop(columns=["pair", "training"])
+    rows = after_tasks(tables["nonlocality.parquet"]).drop(columns=["pair", "training"])
     rows = runs[["run", "pair", "group", "training"]].merge(rows, on="run")  # in the order of the systems
     numbers = [c for c, (dtype, _) in NONLOCALITY.values.items() if dtype == "float64"]
-    keys = ["group", "pair", "training", "kind", "extent", "task", "layer", "head"]
+    keys = ["group", "pair", "training", "kind", "extent", "task", "at_step", "layer", "head"]
     means = rows.groupby(keys, as_index=False, sort=False)[[*numbers, "images"]].mean()
     means = means.rename(columns={"group": "run"}).astype({"images": int})
     per_image = tables["layer_images.parquet"]
@@ -376,7 +387,7 @@ def fig5(tables: Tables):
         return table.check(means.astype({c: int for c in rest if c == "images"}))
 
     served = together(tables["transfer.parquet"], TRANSFER)
-    distances = together(tables["nonlocality.parquet"], NONLOCALITY)
+    distances = together(after_tasks(tables["nonlocality.parquet"]), NONLOCALITY)
     kept = (served["group"] == "future") & (served["probe"] == "linear") & served["layer"].str.startswith("block ")
     frame = served[kept]
     own = distances[distances["task"] != INITIAL].groupby(["run", "task", "layer"], as_index=False)["d_loc"].mean()
@@ -507,29 +518,37 @@ ARTIFACTS: dict[str, Artifact] = {
 
 
 def claims_page(judged: pd.DataFrame) -> str:
-    """CLAIMS as Markdown: a verdict a claim, and below each the numbers it rests on."""
+    """CLAIMS as Markdown: a verdict a claim, and below each the numbers it rests on.
+
+    Where one part alone decides (figures.registered), it is in bold and marked, and margin and power are shown.
+    """
     scale = judged["scale"].iloc[0] if len(judged) else ""
-    lines = [
-        "# The paper's claims", "",
-        f"Scale `{scale}`. Statistics and rule were fixed beforehand: `figures/claims.py`. Above 0 is what the paper says. "
+    primary = registered.PRIMARY if scale == REGISTERED else {}
+    rule = registered.ON_PAGE if primary else (
+        "Statistics and rule were fixed beforehand: `figures/claims.py`. Above 0 is what the paper says. "
         "Intervals are 95 %: Student's t over seeds, for all parts of a claim at once, and bootstrap over images. A part "
-        f"holds where both lie above 0, does not hold where both lie below; fewer than {MIN_SEEDS} seeds decide nothing.",
+        f"holds where both lie above 0, does not hold where both lie below; fewer than {MIN_SEEDS} seeds decide nothing.\n"
         "A claim holds if all its parts do, and does not hold if one of them does not. C2* is a control, added after C2 was "
-        "looked at.", "",
-        "| claim | verdict | why |", "|---|---|---|",
-    ]  # fmt: skip
+        "looked at."
+    )  # fmt: skip
+    lines = ["# The paper's claims", "", f"Scale `{scale}`. {rule}", "", "| claim | verdict | why |", "|---|---|---|"]
     for row in judged[judged["part"] == ""].itertuples():
         lines.append(f"| {row.claim}: {row.statistic} | **{row.verdict}** | {row.reason} |")
+    head = ["over seeds", "margin", "power"] if primary else ["over seeds", "over images"]
+    head = ["part", "statistic", "mean", *head, "n", "verdict"]
     for claim, rows in judged[judged["part"] != ""].groupby("claim"):
-        lines += ["", f"## {claim}", "", "| part | statistic | mean | over seeds | over images | n | verdict |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["", f"## {claim}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for row in rows.itertuples():
             seeds, images = (
                 f"{low:+.3g} to {high:+.3g}" if low == low else "-"
                 for low, high in ((row.low, row.high), (row.low_images, row.high_images))
             )
+            part, shown = row.part, [seeds, images]
+            if primary:
+                part = f"**{part} (decides)**" if part == primary[claim] else part
+                shown = [seeds, *("-" if np.isnan(value) else f"{value:.3g}" for value in (row.margin, row.power))]
             lines.append(
-                f"| {row.part} | {row.statistic} ({row.unit}) | {row.value:+.3g} | {seeds} | {images} | {row.seeds} "
+                f"| {part} | {row.statistic} ({row.unit}) | {row.value:+.3g} | {' | '.join(shown)} | {row.seeds} "
                 f"(images: {row.images}) | {row.verdict} |"
             )
     return "\n".join(lines) + "\n"

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cil.checkpoint import atomically
-from figures import claims, paper, paper_tables, style
+from figures import claims, paper, paper_tables, registered, style
 from figures.claims import Tables
 from figures.paper import ARTIFACTS, Built, NotRun
-from locality_probe.tables import INITIAL
+from locality_probe.tables import INITIAL, after_tasks
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_BYTES = 15_000_000
@@ -94,7 +94,7 @@ def summary(tables: Tables) -> str:
 def verdicts(judged: pd.DataFrame) -> str:
     rows = []
     for row in judged[judged["part"] == ""].itertuples():
-        mark = {claims.HOLDS: "yes", claims.FAILS: "no"}.get(row.verdict, "open")
+        mark = {claims.HOLDS: "yes", claims.FAILS: "no", registered.NO_EFFECT: "no"}.get(row.verdict, "open")
         rows.append(
             [row.claim, html.escape(row.statistic), f'<td class="{mark}">{row.verdict}</td>', html.escape(row.reason)]
         )
@@ -227,7 +227,7 @@ def viewer(tables: Tables) -> dict[str, object]:
         run = mine["run"].iloc[0]
         of_run = rows[rows["run"] == run].sort_values(keys)
         shape = [int(of_run[key].nunique()) for key in keys]
-        distance = tables["nonlocality.parquet"]
+        distance = after_tasks(tables["nonlocality.parquet"])
         distance = distance[(distance["run"] == run) & (distance["task"] != INITIAL)]
         distance = distance[distance["layer"].isin(of_run["layer"])].sort_values(["task", "layer", "head"])
         sides.append({

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from cil.train import in_class_order, load_dataset
 from figures import claims, paper, report
 from locality_probe import sweep
 from locality_probe.progress import counter
-from locality_probe.study import Sizes, Study, measure_all
+from locality_probe.study import Measuring, Sizes, Study, measure_all
 from locality_probe.sweep import Job
 
 BOTH = ("baseline", "baseline-lpa")
@@ -32,7 +33,11 @@ FOUR = (*BOTH, "dytox", "dytox-lpa")
 
 @dataclass(frozen=True)
 class Scale:
-    """What a scale trains: seeds of each system in each setting, the first of which is the one that is measured."""
+    """What a scale trains: seeds of each system in each setting, the first of which is the one that is measured.
+
+    order: patterns of recipe names in the order in which their runs are started, seed by seed; without any, the longest
+    come first.
+    """
 
     tables: dict[str, dict[str, int]]  # setting -> system -> number of seeds
     joint: dict[str, int]  # systems with a joint twin in the first setting -> number of seeds
@@ -40,6 +45,9 @@ class Scale:
     lambdas: tuple[float, ...] = recipes.LAMBDAS
     sweep_seeds: int = 1
     sizes: Sizes = field(default_factory=Sizes)
+    terminal: dict[str, int] = field(default_factory=dict)  # with a joint twin there on all classes at once
+    controls: dict[str, int] = field(default_factory=dict)  # further systems there -> number of seeds
+    order: tuple[str, ...] = ()
 
     @property
     def first(self) -> str:
@@ -54,6 +62,17 @@ SCALES = {
     "demo": Scale(
         {"": dict.fromkeys(BOTH, 2) | dict.fromkeys(FOUR[2:], 1)}, dict.fromkeys(BOTH, 1), dict.fromkeys(BOTH, 1),
         (0.002, 0.02, 1.0), sizes=Sizes(128, None, (30, 20)),
+    ),
+    "learned": Scale(
+        {"b2-2": dict.fromkeys(BOTH, 8) | dict.fromkeys(FOUR[2:], 4), "b6-2": dict.fromkeys(BOTH, 4),
+         "b2-2-alphabetical": dict.fromkeys(BOTH, 3)},
+        dict.fromkeys(BOTH, 2), dict.fromkeys(BOTH, 8) | {"baseline-mhsa": 5}, (0.002, 0.02, 0.2, 1.0), sweep_seeds=4,
+        terminal=dict.fromkeys(BOTH, 8), controls={name: 5 if name == "baseline-mhsa" else 4 for name in recipes.CONTROLS},
+        sizes=Sizes(256, None, (100, 100)),
+        order=(
+            r"b2-2-baseline(-lpa)?(-joint-as-long|-joint-terminal)?", r"b2-2-baseline(-lpa)?-joint", r".*-mhsa(-.*)?",
+            r".*-(gate|frozen|random)", r".*-(lambda|nlpa)-.*", r"b6-2-.*", r"b2-2-dytox.*", r"b2-2-alphabetical-.*",
+        ),
     ),
     "small": Scale(
         {CIFAR[0]: dict.fromkeys(FOUR, 3)} | {setting: dict.fromkeys(BOTH, 1) for setting in CIFAR[1:]},
@@ -80,7 +99,7 @@ def needs(name: str) -> dict[str, list[Need]]:
     """What each figure and table of a scale rests on."""
     scale = SCALES[name]
     own = scale.tables[scale.first]
-    twins_of = {"joint": scale.joint, "joint-as-long": scale.as_long}
+    seeds_of_twins = {"joint": scale.joint, "joint-as-long": scale.as_long, "joint-terminal": scale.terminal}
 
     def of(systems: Iterable[str], kinds: str, seeds: dict[str, int], setting: str = scale.first) -> list[Need]:
         start = "-".join(filter(None, (name, setting)))
@@ -89,7 +108,7 @@ def needs(name: str) -> dict[str, list[Need]]:
             for kind in kinds.split()
             for system in systems
             for base, training in [recipes.split(system)]
-            for seed in range(min(seeds[base], twins_of.get(training, seeds)[base]))
+            for seed in range(min(seeds[base], seeds_of_twins.get(training, seeds)[base]))
         ]
 
     twins = {system: f"{system}-joint" for system in scale.joint}
@@ -113,14 +132,23 @@ def needs(name: str) -> dict[str, list[Need]]:
         "fig8": of(lambdas, "accuracy", dict.fromkeys(lambdas, sweeps)),
         "fig9": of(layers, "accuracy", dict.fromkeys(layers, sweeps)),
         "gap": of([*twins, *twins.values()], "nonlocality", own),
-        "steps": of([*pair, *(f"{system}-joint-as-long" for system in scale.as_long)], "nonlocality", own),
+        "steps": of([*pair, *(f"{system}-joint-as-long" for system in BOTH)], "nonlocality", own),
         "curves": tables["table1"] + tables["table2"] + of(twins.values(), "accuracy", own),
         **tables,
     }
     viewer = of(["baseline", twins["baseline"], "baseline-lpa"], "attention nonlocality", one)
+    more = of([f"{system}-joint-terminal" for system in scale.terminal], "nonlocality accuracy", own)
+    systems = [*scale.controls, *(f"{system}-joint-as-long" for system in scale.controls if system in scale.as_long)]
+    more += of(systems, "nonlocality accuracy", scale.controls)
+    more += [
+        need
+        for setting in scale.tables
+        if scale.controls
+        for need in of(BOTH, "nonlocality", scale.tables[setting], setting)
+    ]
     # Whatever is measured of a run, its accuracy and its row of RUNS belong to it.
     found = {a: list(dict.fromkeys([*w, *((r, s, "accuracy") for r, s, _ in w)])) for a, w in found.items()}
-    whole = list(dict.fromkeys(need for wanted in (*found.values(), viewer) for need in wanted))
+    whole = list(dict.fromkeys(need for wanted in (*found.values(), viewer, more) for need in wanted))
     return found | {"claims": whole, "report": whole}
 
 
@@ -135,8 +163,15 @@ def jobs_of(wanted: Iterable[Need], out: Path, data_dir: str) -> dict[tuple[str,
 
 
 def all_jobs(scale: str, out: Path, data_dir: str) -> dict[tuple[str, int], Job]:
-    """Of all that the scale has, so that a run has one name, whatever is asked for."""
-    return jobs_of(needs(scale)["report"], out / "runs", data_dir)
+    """Of all that the scale has, so that a run has one name, whatever is asked for, and its turn."""
+    jobs, order = jobs_of(needs(scale)["report"], out / "runs", data_dir), SCALES[scale].order
+
+    def turn(job: Job) -> int:
+        name = job.run.recipe.removeprefix(f"{scale}-")
+        place = next((i for i, pattern in enumerate(order) if re.fullmatch(pattern, name)), len(order))
+        return 1000 * place + job.run.seed if order else 0
+
+    return {key: replace(job, turn=turn(job)) for key, job in jobs.items()}
 
 
 def reproduce(
@@ -186,9 +221,17 @@ def reproduce(
     if absent:
         raise ValueError("\n".join(absent))
     if to_train:
-        table = sweep.sweep(sweep.planned(to_train), place, out)
+        with Measuring(study, SCALES[scale].sizes, data_dir, device, 1) as measuring:
+
+            def watch(finished: list[Job]) -> None:
+                for kind, path in missing() if finished else []:
+                    if path in {job.path for job in finished}:
+                        measuring.ask(kind, path)
+                measuring.collect()
+
+            table = sweep.sweep(sweep.planned(to_train), place, out, watch)
+        failed += measuring.failed
         failed += [f"{row.run}: {row.reason}" for row in table.itertuples() if row.state == "failed"]
-        failed += measure()
     if (out / "tables/runs.csv").is_file():
         tables = paper.load(out / "tables")
         built = paper.build(tables, None if "report" in names else [n for n in names if n in paper.ARTIFACTS])

@@ -113,6 +113,7 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     import torch
 
     from cil import parallel
+    from cil.device import slow_bf16
     from cil.dry_run import describe_plan
     from cil.evaluate import format_scores
     from cil.train import train as train_run
@@ -125,8 +126,10 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     if download:
         data.download_cifar100(run.data_dir)
     out, device = out or Path("runs") / recipe, resolve_device(device)
+    if slow := slow_bf16(run.amp, device):
+        click.echo(slow, err=True)
     if dry_run:
-        click.echo(describe_plan(run, device))
+        describe_plan(run, device, click.echo)
         return
     typed(check_folder, out)
     with resumable(), parallel.processes(device) as here, training(out.name, parallel.rank() == 0) as report:

@@ -116,7 +116,12 @@ def side_of(path: str) -> Side:
     if not is_task_of_run(Path(path)):
         return Path(path).stem, None
     directory = checkpoint.open_run(Path(path).parent)
-    return directory.name, next(t for t in directory.tasks if directory.weights_path(t).name == Path(path).name)
+    task = next((t for t in directory.tasks if directory.weights_path(t).name == Path(path).name), None)
+    if task is None:
+        raise ValueError(
+            f"{path} is no network after a task of its run: `compare` pairs those; there: {directory.tasks}"
+        )
+    return directory.name, task
 
 
 def confounders(pairs: list[tuple[str, str]]) -> list[str]:
@@ -126,8 +131,10 @@ def confounders(pairs: list[tuple[str, str]]) -> list[str]:
         folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in pair]
         if all((folder / "run.json").is_file() for folder in folders):
             first, second = (checkpoint.open_run(folder) for folder in folders)
-            values, free = [d.run.to_dict() for d in (first, second)], ("training", "recipe", "data_dir", "seed")
-            differ = [f"{k} ({a}, {values[1][k]})" for k, a in values[0].items() if k not in free and a != values[1][k]]
+            found = first.run.differences(second.run, {"training", "seed"}) | (
+                {"trainer": (first.trainer, second.trainer)} if first.trainer != second.trainer else {}
+            )
+            differ = [f"{name} ({mine}, {other})" for name, (mine, other) in found.items()]
             if differ:
                 sentences.append(f"{first.name} and {second.name} differ in more than training: {', '.join(differ)}")
     return sentences

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from locality_probe.tables import INITIAL, INTERVALS
+from locality_probe.tables import INITIAL, INTERVALS, after_tasks
 
 LEVEL, RESAMPLES = 0.95, 2000
 CODES = ["run", "task", "layer"]
@@ -61,11 +61,12 @@ def over_seeds(values: np.ndarray, cells: int = 1) -> np.ndarray:
 
 
 def layer_means(per_image: pd.DataFrame, measure: str = "d_loc") -> pd.DataFrame:
-    """Mean over heads of each image: index image, columns (run, task, layer), from a table NONLOCALITY_IMAGES.
+    """Mean over heads of each image: index image, columns (run, task, layer), from a table NONLOCALITY_IMAGES. Checkpoints
+    inside tasks are left out.
 
     Raises ValueError where two networks were not measured on the same images.
     """
-    means = per_image.groupby([*CODES, "image"])[measure].mean().astype(float).unstack(CODES).sort_index()
+    means = after_tasks(per_image).groupby([*CODES, "image"])[measure].mean().astype(float).unstack(CODES).sort_index()
     return means.sort_index(axis=1)
 
 
@@ -86,7 +87,7 @@ def intervals(
     seeds: dict[str, tuple[str, int]] | None = None,
     measure: str = "d_loc",
 ) -> pd.DataFrame:
-    """The table INTERVALS of layer means (mean over heads), from NONLOCALITY_IMAGES.
+    """The table INTERVALS of layer means (mean over heads), from NONLOCALITY_IMAGES; without checkpoints inside tasks.
 
     - each network: over images; its difference to the run at task 0 and, for an incremental run, to its joint twin at the
       same task (`twins`: run -> twin), over the same images
@@ -94,6 +95,8 @@ def intervals(
       more: the same over seeds, differences within a seed
     """
     twins, seeds = twins or {}, seeds or {}
+    if after_tasks(per_image).empty:
+        return INTERVALS.check(pd.DataFrame(columns=list(INTERVALS.columns)))
     means = layer_means(per_image, measure)
     check_same_images(means)
     found = set(means.columns)

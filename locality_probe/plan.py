@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cil import checkpoint
 from cil.checkpoint import RunDir
+from cil.tables import AFTER
 from locality_probe.images import ProbeImages, load_images
 from locality_probe.subject import Subject, from_file, from_model_option, from_run, is_task_of_run
 from locality_probe.tables import INITIAL
@@ -109,7 +110,8 @@ def runs_of(paths: list[str], tasks: list[int], warn: Callable[[str], None]) -> 
 
 
 def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> list[Callable[[], Subject]]:
-    """What to measure of runs, each loaded when called: as initialised, then every finished task, or those in `tasks`.
+    """What to measure of runs, each loaded when called: as initialised, then every finished task, or those in `tasks`, each
+    after the checkpoints inside it.
 
     Raises ValueError for a run without a finished task, or a task that is not there.
     """
@@ -123,5 +125,6 @@ def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> li
                 f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}"
             )
         for task in [INITIAL, *(tasks or directory.tasks)]:
-            subjects.append(lambda directory=directory, task=task: from_run(directory, task))
+            for at_step in [*directory.checkpoints(task), AFTER]:
+                subjects.append(lambda d=directory, task=task, at_step=at_step: from_run(d, task, at_step))
     return subjects

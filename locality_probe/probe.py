@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from cil.tables import AFTER
 from locality_probe.measures import MEASURES, Geometry, Sums, check_measures
 from locality_probe.record import Layer, Maps, Recorded, watching
 from locality_probe.tables import HISTORY, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
@@ -26,7 +27,7 @@ class Measurement:
     parameters: list[dict[str, Tensor]]
 
     def table(
-        self, run: str = "model", task: int = 0, pair: str | None = None, training: str = "model"
+        self, run: str = "model", task: int = 0, pair: str | None = None, training: str = "model", at_step: int = AFTER
     ) -> pd.DataFrame:
         """A row a layer and head: the columns of locality_probe.tables.NONLOCALITY, which has their units."""
         rows = []
@@ -37,7 +38,7 @@ class Measurement:
                 d_loc = values["d_loc"][:, head]
                 rows.append(
                     {name: float("nan") for name in NONLOCALITY.columns}
-                    | {"run": run, "task": task, "layer": layer.index, "head": head, "pair": pair or run,
+                    | {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "head": head, "pair": pair or run,
                        "training": training, "kind": layer.kind, "extent": layer.extent, "images": len(d_loc),
                        "d_loc_sd": d_loc.std(correction=1).item() if len(d_loc) > 1 else 0.0,
                        "d_uniform": layer.d_uniform, "d_ratio": of_head["d_loc"] / layer.d_uniform}
@@ -46,12 +47,14 @@ class Measurement:
                 )  # fmt: skip
         return NONLOCALITY.check(pd.DataFrame(rows, columns=list(NONLOCALITY.columns)))
 
-    def per_image(self, run: str = "model", task: int = 0, index: list[int] | None = None) -> pd.DataFrame:
+    def per_image(
+        self, run: str = "model", task: int = 0, index: list[int] | None = None, at_step: int = AFTER
+    ) -> pd.DataFrame:
         """A row a layer, head and image: the columns of NONLOCALITY_IMAGES; index: of the images in their source."""
         parts = [
             pd.DataFrame(
                 {name: float("nan") for name in NONLOCALITY_IMAGES.columns}
-                | {"run": run, "task": task, "layer": layer.index, "head": head}
+                | {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "head": head}
                 | {"image": range(len(values["d_loc"])) if index is None else index}
                 | {name: value[:, head].numpy() for name, value in values.items()}
             )
@@ -61,11 +64,11 @@ class Measurement:
         empty = pd.DataFrame(columns=list(NONLOCALITY_IMAGES.columns))
         return NONLOCALITY_IMAGES.check(pd.concat(parts, ignore_index=True) if parts else empty)
 
-    def layer_table(self, run: str = "model", task: int = 0) -> pd.DataFrame:
+    def layer_table(self, run: str = "model", task: int = 0, at_step: int = AFTER) -> pd.DataFrame:
         """A row an attention layer, measured or skipped with its reason: the columns of LAYERS."""
         rows = [
-            {"run": run, "task": task, "layer": layer.index, "name": layer.name, "kind": layer.kind, "how": layer.how,
-             "num_heads": layer.num_heads, "grid_rows": layer.grid[0] if len(layer.grid) == 2 else 1,
+            {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "name": layer.name, "kind": layer.kind,
+             "how": layer.how, "num_heads": layer.num_heads, "grid_rows": layer.grid[0] if len(layer.grid) == 2 else 1,
              "grid_columns": layer.grid[-1], "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens,
              "status": layer.status, "reason": layer.reason}
             for layer in self.layers

@@ -11,7 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -90,7 +90,8 @@ def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tup
         "n_lpa": run.n_lpa, "lpa_blocks": run.depth - 1, "lambda_init": run.lambda_init, "training": run.training,
         "seed": run.seed, "tasks": len(directory.tasks), "classes": len(directory.class_order),
         "steps": epochs["steps"].sum(), "images": seen, "seconds": epochs["seconds"].sum(),
-        "git": directory.git or "", "torch": directory.versions.get("torch", ""),
+        "git": directory.git or "", "trainer": directory.trainer, "torch": directory.versions.get("torch", ""),
+        "device": directory.device,
         "settings": json.dumps(run.to_dict() | {"data_dir": ""}),
     }  # fmt: skip
     tested = int(rows.groupby("on_task")["images"].first().sum())
@@ -105,11 +106,11 @@ def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tup
 
 
 def nonlocality(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tuple[Frames, dict[str, object]]:
-    """D_loc of every task, layer and head, and a row an image of each layer's mean."""
+    """D_loc of every task, checkpoint inside one, layer and head, and for each image the mean of each layer."""
     images = load_images(directory.run.dataset, sizes.nonlocality, 0, data_dir, sorted(directory.class_order))
     found = [survey.measure(make(), images, device)[:2] for make in subjects_of([directory])]
     rows, per_image = (pd.concat(parts, ignore_index=True) for parts in zip(*found, strict=True))
-    means = per_image.groupby([*CODES, "image"], as_index=False)["d_loc"].mean()
+    means = per_image.groupby([*CODES, "at_step", "image"], as_index=False)["d_loc"].mean()
     return {"nonlocality.parquet": rows, "layer_images.parquet": means}, _described(images.describe())
 
 
@@ -215,28 +216,54 @@ def measure(kind: str, path: str | Path, sizes: Sizes, data_dir: str, device: st
     return frames, row | {"seconds": round(time.monotonic() - began, 1)}
 
 
+class Measuring:
+    """Measures (kind, run directory) in processes side by side, and puts each into the study as it comes.
+
+    Inside `with`, `ask` hands work in and `collect` takes in what is done; leaving waits for the rest, or on an exception
+    drops it. `failed` holds a sentence for each measurement that could not be made; the others are there all the same.
+    """
+
+    def __init__(self, study: Study, sizes: Sizes, data_dir: str, device: str, workers: int):
+        self.study, self.settings = study, (sizes, data_dir, device)
+        # Ctrl-C is for this process alone.
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        self.jobs: dict[Future, tuple[str, Path]] = {}
+        self.asked: set[tuple[str, Path]] = set()
+        self.failed: list[str] = []
+
+    def __enter__(self) -> Measuring:
+        return self
+
+    def ask(self, kind: str, path: Path) -> None:
+        """Measure one kind of a finished run; what was asked for already is not done twice."""
+        if (kind, path) not in self.asked:
+            self.asked.add((kind, path))
+            self.jobs[self.pool.submit(measure, kind, path, *self.settings)] = kind, path
+
+    def collect(self, wait: bool = False, report: Callable[[str], None] = lambda done: None) -> None:
+        """Put into the study what is done, or with `wait` all that was asked for."""
+        done = as_completed(list(self.jobs)) if wait else [job for job in self.jobs if job.done()]
+        for job in done:
+            kind, path = self.jobs.pop(job)
+            try:
+                self.study.add(path.name, *job.result())
+            except (ValueError, OSError) as error:
+                self.failed.append(f"{kind} of {path.name}: {error}")
+            report(path.name)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.collect(wait=True)
+        self.pool.shutdown(wait=kind is None, cancel_futures=True)
+
+
 def measure_all(
     study: Study, wanted: Iterable[tuple[str, Path]], sizes: Sizes, data_dir: str, device: str, workers: int,
     report: Callable[[str], None] = lambda done: None,
 ) -> list[str]:  # fmt: skip
-    """Measure (kind, run directory) in processes side by side, and put each into the study as it comes.
-
-    Returns a sentence for each that failed; the others are there all the same.
-    """
-    failed = []
-    # Ctrl-C is for this process alone.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore) as pool:
-        jobs = {pool.submit(measure, kind, path, sizes, data_dir, device): (kind, path) for kind, path in wanted}
-        try:
-            for job in as_completed(jobs):
-                kind, path = jobs[job]
-                try:
-                    study.add(path.name, *job.result())
-                except (ValueError, OSError) as error:
-                    failed.append(f"{kind} of {path.name}: {error}")
-                report(path.name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
+    """Measure (kind, run directory), all of them; returns a sentence for each that failed."""
+    with Measuring(study, sizes, data_dir, device, workers) as measuring:
+        for kind, path in wanted:
+            measuring.ask(kind, path)
+        measuring.collect(wait=True, report=report)
+    return measuring.failed

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cil import augment, checkpoint, data, foreign, models
 from cil.checkpoint import RunDir
+from cil.tables import AFTER
 from locality_probe.tables import INITIAL
 
 
@@ -31,6 +32,7 @@ class Subject:
     std: tuple[float, ...]
     settings: str = ""  # of its run, less the seed: runs that share them are one experiment
     seed: int = 0
+    at_step: int = AFTER  # of a checkpoint inside the task: the steps that the network has taken
     grid: tuple[int, ...] | None = None  # where the network does not tell
     num_prefix_tokens: int | None = None
 
@@ -40,14 +42,15 @@ class Subject:
         return augment.normalize(pixels[None], self.mean, self.std)[0]
 
 
-def from_run(directory: RunDir, task: int) -> Subject:
-    """A checkpoint of a run; task -1 is the run's network as initialised, from its seed, before task 0."""
+def from_run(directory: RunDir, task: int, at_step: int = AFTER) -> Subject:
+    """A checkpoint of a run: after a task, or inside it after `at_step` steps; task -1 is the run's network as initialised,
+    from its seed, before task 0."""
     initial, crop = task == INITIAL, data.crop_for(directory.run.dataset)
-    model = directory.new_model(directory.planned_tasks[0]).eval() if initial else directory.model(task)
+    model = directory.new_model(directory.planned_tasks[0]).eval() if initial else directory.model(task, at_step)
     return Subject(
         directory.name, directory.twin_of or directory.name, directory.run.training, task, model,
         lambda image: crop(image, directory.image_size), directory.mean, directory.std,
-        str(replace(directory.run, seed=0, data_dir="", recipe="")), directory.run.seed,
+        str(replace(directory.run, seed=0, data_dir="", recipe="", checkpoints="")), directory.run.seed, at_step,
     )  # fmt: skip
 
 
@@ -171,10 +174,11 @@ def from_file(path: Path) -> Subject:
         raise ValueError(f"no weights file {path}")
     if is_task_of_run(path):
         directory = checkpoint.open_run(path.parent)
-        for task in directory.tasks:
-            if directory.weights_path(task).name == path.name:
-                return from_run(directory, task)
-        raise ValueError(f"{path} is none of the run's tasks {directory.tasks}")
+        for task in directory.planned_tasks:
+            for at_step in [AFTER] * (task in directory.tasks) + directory.checkpoints(task):
+                if directory.weights_path(task, at_step).name == path.name:
+                    return from_run(directory, task, at_step)
+        raise ValueError(f"{path} is none of the run's tasks {directory.tasks}, nor a checkpoint inside one")
     model, size = foreign.read(read_weights(path), path)
     mean, std, crop = data.CIFAR100_MEAN, data.CIFAR100_STD, data.cover
     if size == (224, 224):

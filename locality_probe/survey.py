@@ -11,6 +11,7 @@ import pandas as pd
 
 from cil import checkpoint
 from cil.checkpoint import atomically
+from cil.tables import AFTER
 from locality_probe.images import ProbeImages
 from locality_probe.intervals import group_by_seed, intervals
 from locality_probe.probe import Measurement, Probe
@@ -77,11 +78,11 @@ def measure(
     for layer, values in zip(found.layers, found.values, strict=True):
         if values and not values["d_loc"].isfinite().all():
             raise ValueError(f"layer {layer.index} ({layer.name}) of {subject.run} gives attention that is not finite")
-    run, task = subject.run, subject.task
+    run, task, at_step = subject.run, subject.task, subject.at_step
     return (
-        found.table(run, task, subject.pair, subject.training),
-        found.per_image(run, task, images.index),
-        found.layer_table(run, task),
+        found.table(run, task, subject.pair, subject.training, at_step),
+        found.per_image(run, task, images.index, at_step),
+        found.layer_table(run, task, at_step),
     )
 
 
@@ -110,12 +111,13 @@ def format_table(frame: pd.DataFrame, sure: pd.DataFrame | None = None) -> str:
     half = {}
     if sure is not None:
         own = sure[(sure["over"] == "images") & (sure["measure"] == "d_loc")]
-        half = {(r.run, r.task, r.layer): (r.high - r.low) / 2 for r in own.itertuples()}
+        half = {(r.run, (r.task, AFTER), r.layer): (r.high - r.low) / 2 for r in own.itertuples()}
+    frame = frame.assign(point=list(zip(frame["task"], frame["at_step"], strict=True)))
     blocks = []
     for pair, rows in frame.groupby("pair", sort=False):
         first = rows.iloc[0]
         names = rows.drop_duplicates("training").set_index("training")["run"]
-        means = rows.groupby(["task", "layer", "training"])["d_loc"].mean()
+        means = rows.groupby(["point", "layer", "training"])["d_loc"].mean()
         trainings = [
             t
             for t in ("incremental", "joint", "joint-terminal", "joint-as-long", "model")
@@ -126,13 +128,14 @@ def format_table(frame: pd.DataFrame, sure: pd.DataFrame | None = None) -> str:
         windows = set(rows.loc[rows["extent"] == "window", "layer"])
         titles = [f"layer {x} {kinds[x]}" + ", window" * (x in windows) for x in layers]
 
-        def cell(task: int, layer: int, training: str, means=means, names=names) -> str:
-            mean = means.get((task, layer, training))
-            width = half.get((names[training], task, layer))
+        def cell(point: tuple[int, int], layer: int, training: str, means=means, names=names) -> str:
+            mean = means.get((point, layer, training))
+            width = half.get((names[training], point, layer))
             return "" if mean is None else f"{mean:.3f}" + ("" if width is None else f" ±{width:.3f}")
 
-        tasks = sorted(rows["task"].unique())
-        body = [[cell(task, x, t) for x in layers for t in trainings] for task in tasks]
+        # Checkpoints inside a task, by their steps, then the network after it.
+        points = sorted(rows["point"].unique(), key=lambda point: (point[0], point[1] == AFTER, point[1]))
+        body = [[cell(point, x, t) for x in layers for t in trainings] for point in points]
         width = max(
             *(len(text) + 2 for line in body for text in line), *(len(t) + 2 for t in trainings),
             *(-(-(len(t) + 2) // len(trainings)) for t in titles),
@@ -142,13 +145,17 @@ def format_table(frame: pd.DataFrame, sure: pd.DataFrame | None = None) -> str:
             + (", ± half a 95 % interval over images" if half else "")
             + (f"; {', '.join(trainings)}" if trainings != ["model"] else "")
         )
-        blocks.append(f"{'task':>8}" + "".join(f"{title:>{width * len(trainings)}}" for title in titles))
+        margin = 8 if (rows["at_step"] == AFTER).all() else 12
+        blocks.append(f"{'task':>{margin}}" + "".join(f"{title:>{width * len(trainings)}}" for title in titles))
         if len(trainings) > 1:
-            blocks.append(" " * 8 + "".join(f"{t:>{width}}" for t in trainings) * len(layers))
-        for task, line in zip(tasks, body, strict=True):
-            blocks.append(f"{'init' if task == INITIAL else task:>8}" + "".join(f"{text:>{width}}" for text in line))
+            blocks.append(" " * margin + "".join(f"{t:>{width}}" for t in trainings) * len(layers))
+        for (task, at_step), line in zip(points, body, strict=True):
+            label = f"step {at_step}" if at_step != AFTER else "init" if task == INITIAL else f"{task}"
+            blocks.append(f"{label:>{margin}}" + "".join(f"{text:>{width}}" for text in line))
         uniform = rows.drop_duplicates("layer").set_index("layer")["d_uniform"]
-        blocks.append(f"{'uniform':>8}" + "".join(f"{uniform[x]:>{width}.3f}" * len(trainings) for x in layers) + "\n")
+        blocks.append(
+            f"{'uniform':>{margin}}" + "".join(f"{uniform[x]:>{width}.3f}" * len(trainings) for x in layers) + "\n"
+        )
     if sure is not None:
         blocks += _seed_lines(sure)
     return "\n".join(blocks)

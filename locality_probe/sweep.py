@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,17 @@ Row = dict[str, object]  # of SWEEP
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep and its place. tasks and steps are the planned ones; `problem` says why it cannot be run."""
+    """One run of a sweep and its place. tasks and steps are the planned ones; `problem` says why it cannot be run.
+
+    turn: runs of a smaller one are started first, and of the same turn the longest first.
+    """
 
     run: Run
     path: Path
     tasks: int = 0
     steps: int = 0
     problem: str = ""
+    turn: int = 0
 
     @property
     def name(self) -> str:
@@ -283,8 +288,12 @@ def leave(place: Place, live: dict[str, submitit.Job]) -> str:
     return f"still in a step, and saved after it: {', '.join(left)}\n" if left else ""
 
 
-def sweep(jobs: list[Job], place: Place, out: Path) -> pd.DataFrame:
-    """Run what is not finished, the longest first; returns its rows of SWEEP, which are in out/sweep.csv all the time.
+def sweep(
+    jobs: list[Job], place: Place, out: Path, watch: Callable[[list[Job]], None] = lambda finished: None
+) -> pd.DataFrame:
+    """Run what is not finished, turn by turn; returns its rows of SWEEP, which are in out/sweep.csv all the time.
+
+    watch: is called at every look at the runs with those that have finished since the last one.
 
     A run that fails does not stop the others. Raises KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP, after `leave`.
     """
@@ -293,21 +302,24 @@ def sweep(jobs: list[Job], place: Place, out: Path) -> pd.DataFrame:
             signal.signal(kind, signal.default_int_handler)
     place.folder.mkdir(parents=True, exist_ok=True)
     rows, show = {job.name: state_of(job) for job in jobs}, Display(out / "sweep.csv")
-    jobs = sorted(jobs, key=lambda job: -job.steps)
+    jobs = sorted(jobs, key=lambda job: (job.turn, -job.steps))
+    watch([job for job in jobs if rows[job.name]["state"] == "finished"])
     live, gpu_of = adopted(place, jobs), {}
     try:
         while any(row["state"] not in OVER for row in rows.values()):
-            began = time.monotonic()
+            began, finished = time.monotonic(), []
             for job in jobs:
                 if rows[job.name]["state"] in OVER:
                     continue
                 rows[job.name] = look(job, live.get(job.name))
                 if rows[job.name]["state"] in (*OVER, "running elsewhere"):
                     live.pop(job.name, None)
+                finished += [job] * (rows[job.name]["state"] == "finished")
                 if rows[job.name]["state"] == "waiting" and job.name not in live and len(live) < place.workers:
                     gpu_of[job.name] = min(place.gpus, key=[gpu_of.get(name) for name in live].count)
                     live[job.name] = submit(place, job, gpu_of[job.name])
                     rows[job.name] |= {"state": "running"}
+            watch(finished)
             show(rows, seconds_left(jobs, rows, place.workers))
             time.sleep(max(POLL, 5 * (time.monotonic() - began)))  # looking takes time from the runs
         show(rows, None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from cil.tables import ACCURACY, Table
+import math
+
+import pandas as pd
+
+from cil.tables import ACCURACY, AFTER, Table
 
 INITIAL = -1  # the task of the rows that describe a network as initialised, before task 0
 
@@ -11,7 +15,14 @@ _MODEL = {
     "task": ("int64", "the last task trained, from 0; -1: as initialised, before task 0"),
     "layer": ("int64", "attention layer, from the shallow end, from 0"),
 }
+_AT_STEP = {"at_step": ("int64", "-1: after the task; else inside it, optimiser steps that the network has taken")}
 _HEAD = _MODEL | {"head": ("int64", "from 0; heads pair only along one training lineage")}
+
+
+def after_tasks(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of networks after a task, without those of checkpoints inside one; a frame without at_step as it is."""
+    return frame[frame["at_step"] == AFTER] if "at_step" in frame else frame
+
 
 _SHARES = {  # of locality_probe.measures.measure, which has the equations; empty where a measure was not asked for
     "rms_distance": ("float64", "root mean square of the attended distance, patches"),
@@ -23,7 +34,8 @@ _SHARES = {  # of locality_probe.measures.measure, which has the equations; empt
 
 NONLOCALITY = Table(
     "nonlocality",
-    keys=_HEAD,
+    keys=_HEAD | _AT_STEP,
+    added={"at_step": AFTER},
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
         "training": (
@@ -45,7 +57,8 @@ NONLOCALITY = Table(
 
 NONLOCALITY_IMAGES = Table(
     "nonlocality_images",
-    keys=_HEAD | {"image": ("int64", "index of the image in its source: see measurement.json")},
+    keys=_HEAD | _AT_STEP | {"image": ("int64", "index of the image in its source: see measurement.json")},
+    added={"at_step": AFTER},
     values={"d_loc": ("float32", "nonlocality of this image, patches")}
     | {name: ("float32", meaning) for name, (_, meaning) in _SHARES.items()},
 )
@@ -217,7 +230,8 @@ HISTORY = Table(
 
 LAYERS = Table(
     "layers",
-    keys=_MODEL,
+    keys=_MODEL | _AT_STEP,
+    added={"at_step": AFTER},
     values={
         "name": ("str", "module path in the model"),
         "kind": ("str", "class of the attention layer"),
@@ -261,7 +275,7 @@ RUNS = Table(
     "runs",
     keys={"run": ("str", "name of the run directory")},
     values={
-        "scale": ("str", "paper | small | demo"),
+        "scale": ("str", "paper | learned | small | demo"),
         "setting": ("str", "scenario in small letters, b10-10, with imagenet- before it; empty: the demo's only one"),
         "system": ("str", "name of the recipe, less scale and setting: baseline, dytox-lpa, baseline-nlpa-3"),
         "method": ("str", "baseline | dytox"),
@@ -279,9 +293,12 @@ RUNS = Table(
         "images": ("int64", "that those steps saw, each as often as it was seen"),
         "seconds": ("float64", "wall-clock time of the epochs"),
         "git": ("str", "commit that trained it"),
+        "trainer": ("int64", "number of the trainer (cil.checkpoint): runs of different ones are never compared"),
         "torch": ("str", "version that trained it"),
+        "device": ("str", "model name of the processor that it was begun on; empty: not known"),
         "settings": ("str", "all settings of run.json, as JSON"),
     },
+    added={"trainer": 1, "device": ""},
 )
 
 MEASUREMENTS = Table(
@@ -312,8 +329,9 @@ STUDY_ACCURACY = Table("accuracy", keys=RUNS.keys | ACCURACY.keys, values=ACCURA
 
 LAYER_IMAGES = Table(
     "layer_images",
-    keys=_MODEL | {"image": ("int64", "index of the image in its source")},
+    keys=_MODEL | _AT_STEP | {"image": ("int64", "index of the image in its source")},
     values={"d_loc": ("float32", "nonlocality of this image, mean over heads, patches")},
+    added={"at_step": AFTER},
 )
 
 EXAMPLES = Table(
@@ -370,10 +388,13 @@ CLAIMS = Table(
         "high": ("float64", "its upper end"),
         "low_images": ("float64", "lower end of the 95 % interval over images; empty where there is none"),
         "high_images": ("float64", "its upper end"),
+        "margin": ("float64", "smallest effect that matters, unit of value; empty where the rule has none"),
+        "power": ("float64", "chance that so many seeds of this spread show an effect twice the margin, 0 to 1"),
         "seeds": ("int64", "pairs or runs that the interval is over"),
         "images": ("int64", "test images of each network"),
-        "scale": ("str", "paper | small | demo"),
-        "verdict": ("str", "holds | does not hold | undecided at this scale"),
+        "scale": ("str", "paper | learned | small | demo"),
+        "verdict": ("str", "holds | does not hold | no effect that matters | undecided at this scale"),
         "reason": ("str", "what the verdict rests on, or what was left out"),
     },
+    added={"margin": math.nan, "power": math.nan},
 )

@@ -65,6 +65,7 @@ def add(tables: dict[str, list], system: str, training: str, seed: int) -> None:
         "run": name, "scale": "demo", "setting": "", "system": system, "method": run.method, "n_lpa": run.n_lpa,
         "lpa_blocks": LAYERS, "lambda_init": run.lambda_init, "training": training, "seed": seed, "tasks": len(tasks),
         "classes": 2 * TASKS, "steps": STEPS[training], "images": 3200, "seconds": 10.0, "git": "abc", "torch": "2",
+        "trainer": 2, "device": "cpu",
         "settings": json.dumps(settings),
     })  # fmt: skip
     usual = system in SYSTEMS
@@ -87,12 +88,12 @@ def add(tables: dict[str, list], system: str, training: str, seed: int) -> None:
             for image in range(IMAGES):
                 mean = np.mean([d_loc(lpa, seed, task, layer, h, image, training) for h in range(HEADS)])
                 tables["layer_images.parquet"].append(
-                    {**key, "task": task, "layer": layer, "image": image, "d_loc": mean}
+                    {**key, "task": task, "at_step": -1, "layer": layer, "image": image, "d_loc": mean}
                 )
             for head in range(HEADS):
                 mean = np.mean([d_loc(lpa, seed, task, layer, head, image, training) for image in range(IMAGES)])
                 tables["nonlocality.parquet"].append({
-                    **key, "task": task, "layer": layer, "head": head, "pair": name.removesuffix(suffix),
+                    **key, "task": task, "at_step": -1, "layer": layer, "head": head, "pair": name.removesuffix(suffix),
                     "training": training, "kind": "LPA" if lpa else "GPSA", "extent": "grid", "images": IMAGES,
                     "d_loc": mean, "d_loc_sd": 0.1, "d_uniform": UNIFORM, "d_ratio": mean / UNIFORM,
                 })  # fmt: skip

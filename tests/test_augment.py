@@ -1,4 +1,4 @@
-"""cil.augment against the per-image pipeline it stands for: timm, torchvision and Pillow themselves are the reference.
+"""cil.augment and cil.draws against the per-image pipeline they stand for: timm, torchvision and Pillow are the reference.
 
 Statistical tests have fixed seeds, so they pass or fail for good; their thresholds leave room for one unlucky seed.
 """
@@ -17,7 +17,8 @@ from sklearn.datasets import load_sample_images
 from timm.data import Mixup, auto_augment, create_transform
 from torchvision import transforms
 
-from cil import augment
+from cil import augment, draws
+from cil.run import Run
 
 SPEC = "rand-m9-mstd0.5-inc1"
 FILL = (124, 116, 104)
@@ -95,7 +96,7 @@ def timm_rand_augment(spec: str = SPEC) -> auto_augment.RandAugment:
 
 @pytest.mark.parametrize(("increasing", "name"), NAMES, ids=lambda value: value if isinstance(value, str) else "")
 def test_operation_makes_pillows_pixels(increasing, name, photos, monkeypatch):
-    apply, to_argument = augment._operations(increasing)[our_name(name)]
+    apply, to_argument = augment.APPLY[our_name(name)], augment.arguments(increasing)[our_name(name)]
     ground = torch.tensor(FILL).float()
     differences = []
     for images in photos.values():
@@ -120,7 +121,7 @@ def test_operations_are_timms_in_timms_order():
         (True, auto_augment._RAND_INCREASING_TRANSFORMS),
         (False, auto_augment._RAND_TRANSFORMS),
     ]:
-        assert list(augment._operations(increasing)) == [our_name(name) for name in names]
+        assert list(augment.arguments(increasing)) == list(augment.APPLY) == [our_name(name) for name in names]
 
 
 def test_pixels_that_map_onto_the_very_edge(photos):
@@ -131,7 +132,7 @@ def test_pixels_that_map_onto_the_very_edge(photos):
                 translate = auto_augment.NAME_TO_OP[name + "Rel"]
                 part = pixels / length
                 expected = [translate(i, part, fillcolor=FILL, resample=Image.BICUBIC) for i in to_pil(images)]
-                got = augment._operations(True)[name][0](images, torch.full((len(images),), part), ground)
+                got = augment.APPLY[name](images, torch.full((len(images),), part), ground)
                 assert (got.int() - from_pil(expected).int()).abs().max() <= 1
 
 
@@ -140,7 +141,8 @@ def test_arguments_are_applied_image_by_image(photos):
     level = torch.linspace(0, 1, len(images), dtype=torch.float64)
     sign = 1 - 2 * (torch.arange(len(images)) % 2)
     ground = torch.tensor(FILL).float()
-    for name, (apply, to_argument) in augment._operations(True).items():
+    for name, to_argument in augment.arguments(True).items():
+        apply = augment.APPLY[name]
         argument = to_argument(level, sign).float()
         alone = torch.cat([apply(images[i : i + 1], argument[i : i + 1], ground) for i in range(len(images))])
         assert torch.equal(apply(images, argument, ground), alone), name
@@ -152,12 +154,12 @@ def test_rand_augment_is_timms_chain_for_the_same_draws(spec, photos, monkeypatc
     config = augment.parse(spec)
     names = auto_augment._RAND_INCREASING_TRANSFORMS if config.increasing else auto_augment._RAND_TRANSFORMS
     expected = to_pil(images)
-    for layer in zip(*augment._draw(len(images), config, generator(3)), strict=True):
+    for layer in zip(*draws.levels(len(images), config, generator(3)), strict=True):
         for i, (operation, level, sign) in enumerate(zip(*(values.tolist() for values in layer), strict=True)):
             if operation >= 0:
                 expected[i] = timm_apply(names[operation], expected[i], level, sign, monkeypatch)
     before = images.clone()
-    got = augment.rand_augment(images, spec, generator(3))
+    got = rand_augment(images, spec, generator(3))
     difference = (got.int() - from_pil(expected).int()).abs()
     assert (difference > 1).float().mean() < 1e-3  # a later operation can enlarge a difference of 1
     assert (difference > 0).float().mean() < 5e-3
@@ -167,7 +169,7 @@ def test_rand_augment_is_timms_chain_for_the_same_draws(spec, photos, monkeypatc
 
 def test_fill_colour_is_used(photos):
     images = photos[32, 32]
-    lime, default = (augment.rand_augment(images, SPEC, generator(), *fill) for fill in ([(50, 205, 7)], []))
+    lime, default = (rand_augment(images, SPEC, generator(), *fill) for fill in ([(50, 205, 7)], []))
     changed = (lime != default).any(1)
     assert 0.01 < changed.float().mean() < 0.5
     direct = (lime == torch.tensor([50, 205, 7]).view(3, 1, 1)).all(1) & (
@@ -198,9 +200,9 @@ def timm_draws(spec: str, count: int) -> tuple[list[int], dict[str, list]]:
 
 def our_draws(spec: str, count: int) -> tuple[list[int], dict[str, list]]:
     config = augment.parse(spec)
-    operation, level, sign = augment._draw(count, config, generator())
+    operation, level, sign = draws.levels(count, config, generator())
     arguments = {}
-    for number, (name, (_, to_argument)) in enumerate(augment._operations(config.increasing).items()):
+    for number, (name, to_argument) in enumerate(augment.arguments(config.increasing).items()):
         chosen = operation == number
         made = to_argument(level[chosen] / 10, sign[chosen])
         has_argument = name not in {"AutoContrast", "Equalize", "Invert"}
@@ -235,7 +237,7 @@ def test_draws_are_distributed_as_timms(spec):
 
 
 def test_signs_are_even_and_all_draws_independent():
-    operation, level, sign = augment._draw(60_000, augment.parse(SPEC), generator(1))
+    operation, level, sign = draws.levels(60_000, augment.parse(SPEC), generator(1))
     pairs = torch.bincount((operation[0] + 1) * 16 + operation[1] + 1, minlength=256).view(16, 16)
     assert stats.chi2_contingency(pairs).pvalue > UNLIKELY
     assert pairs[1:, 1:].diagonal().min() > 20  # the same operation may come twice
@@ -251,11 +253,11 @@ def test_augmented_copies_are_distributed_as_timms(photos):
     copies = 3000
     np.random.seed(1)
     auto_augment.random.seed(1)
-    rand_augment = timm_rand_augment()
+    timms = timm_rand_augment()
     for image in photos[32, 32][:3]:
         batch = image.expand(copies, -1, -1, -1)
-        ours = augment.rand_augment(batch, SPEC, generator(2)).double()
-        theirs = from_pil([rand_augment(pil) for pil in to_pil(image[None]) * copies]).double()
+        ours = rand_augment(batch, SPEC, generator(2)).double()
+        theirs = from_pil([timms(pil) for pil in to_pil(image[None]) * copies]).double()
         same = [int((made == image).flatten(1).all(1).sum()) for made in (ours, theirs)]
         assert stats.chi2_contingency([same, [copies - count for count in same]]).pvalue > UNLIKELY
         for statistic in (lambda x: x.mean((2, 3)), lambda x: x.std((2, 3)), lambda x: x[:, :, 5, 9]):
@@ -274,7 +276,8 @@ def test_crop_is_a_padded_slice_at_every_offset_alike(size, padding):
     h, w = size
     image = torch.randint(1, 256, (3, h, w), generator=generator(), dtype=torch.uint8)
     batch = 2430
-    crops = augment.random_crop(image.expand(batch, -1, -1, -1), padding, generator(1))
+    offsets = draws.crop_offsets(batch, padding, generator(1))
+    crops = augment.crop(image.expand(batch, -1, -1, -1), offsets, padding)
     padded = torch.nn.functional.pad(image, (padding,) * 4)
     offsets = range(2 * padding + 1)
     hits = torch.stack([(crops == padded[:, y : y + h, x : x + w]).flatten(1).all(1) for y in offsets for x in offsets])
@@ -285,13 +288,13 @@ def test_crop_is_a_padded_slice_at_every_offset_alike(size, padding):
 
 def test_crop_takes_each_image_from_itself():
     images = torch.arange(1, 51, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 9, 7)
-    crops = augment.random_crop(images, 2, generator())
+    crops = augment.crop(images, draws.crop_offsets(len(images), 2, generator()), 2)
     assert ((crops == images) | (crops == 0)).all() and (crops[:, :, 2:-2, 2:-2] == images[:, :, 2:-2, 2:-2]).all()
 
 
 def test_flip_mirrors_half_of_the_images():
     images = torch.randint(0, 256, (4000, 3, 4, 6), generator=generator(), dtype=torch.uint8)
-    flipped = augment.random_flip(images, generator(1))
+    flipped = augment.flip(images, draws.flips(len(images), generator(1)))
     mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     kept = (flipped == images).flatten(1).all(1)
     assert (mirrored ^ kept).all()
@@ -315,9 +318,8 @@ def test_mixup_is_timms_for_the_same_lambda(lam, smoothing, monkeypatch):
     images = torch.randn(16, 3, 8, 8, generator=generator())
     labels = torch.randint(0, 10, (16,), generator=generator())
     monkeypatch.setattr(timm.data.mixup.np.random, "beta", lambda *_, **__: lam)
-    monkeypatch.setattr(augment, "_draw_lambda", lambda alpha, _: lam if alpha == 0.8 else pytest.fail("other alpha"))
     expected = Mixup(mixup_alpha=0.8, label_smoothing=smoothing, num_classes=10)(images.clone(), labels)
-    got = augment.mixup(images, labels, 10, 0.8, smoothing, generator())
+    got = augment.mixup(images, labels, 10, lam, smoothing)
     for mine, timms in zip(got, expected, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, timms, rtol=0, atol=2e-6)
@@ -330,7 +332,7 @@ def test_mixup_lambda_follows_the_beta_distribution():
         images, labels = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), torch.tensor([0, 1])
         drawn = []
         for _ in range(3000):
-            mixed, targets = augment.mixup(images, labels, 2, alpha, 0.0, g)
+            mixed, targets = augment.mixup(images, labels, 2, draws.mixup_lambda(alpha, g), 0.0)
             torch.testing.assert_close(mixed.flatten(), targets[:, 0])  # one lambda, for images and labels
             torch.testing.assert_close(mixed.sum(), torch.tensor(1.0))
             drawn.append(mixed[0].item())
@@ -339,22 +341,26 @@ def test_mixup_lambda_follows_the_beta_distribution():
 
 
 def test_mixup_without_mixing_still_smooths():
-    g = generator()
-    state = g.get_state()
     images, labels = torch.randn(3, 3, 4, 4, generator=generator(1)), torch.tensor([2, 0, 4])
-    mixed, targets = augment.mixup(images, labels, 5, 0.0, 0.1, g)
-    assert torch.equal(mixed, images) and torch.equal(g.get_state(), state)
+    mixed, targets = augment.mixup(images, labels, 5, None, 0.1)
+    assert torch.equal(mixed, images)
     torch.testing.assert_close(targets, torch.eye(5)[labels] * 0.9 + 0.02)
 
 
 # Generators, devices, errors
 
 
+def rand_augment(images: torch.Tensor, spec: str, g: torch.Generator, *fill: tuple) -> torch.Tensor:
+    """As a run with this spec draws and applies it."""
+    return augment.rand_augment(images, draws.operations(len(images), augment.parse(spec), g), *fill)
+
+
 def pipeline(images: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    g = generator(seed)
-    x = augment.random_flip(augment.random_crop(images, 4, g), g)
-    x = augment.normalize(augment.rand_augment(x, SPEC, g), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    return augment.mixup(x, torch.arange(len(x), device=x.device), 100, 0.8, 0.1, g)
+    run = Run(crop_padding=4, rand_augment=SPEC, mixup=0.8)
+    drawn = draws.of_step(run, len(images), [], generator(seed)).to(str(images.device))
+    x = augment.flip(augment.crop(images, drawn.crop, 4), drawn.flip)
+    x = augment.normalize(augment.rand_augment(x, drawn.operations), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    return augment.mixup(x, torch.arange(len(x), device=x.device), 100, drawn.lam, 0.1)
 
 
 def test_result_depends_on_the_generator_and_on_nothing_else(photos):
@@ -403,9 +409,9 @@ def test_empty_batch_and_single_image(photos):
         ("", "rand"),
     ],
 )
-def test_unknown_spec_is_named(spec, named, photos):
+def test_unknown_spec_is_named(spec, named):
     with pytest.raises(ValueError, match=named):
-        augment.rand_augment(photos[8, 8], spec, generator())
+        augment.parse(spec)
 
 
 def test_spec_is_read_in_any_order():
@@ -414,11 +420,11 @@ def test_spec_is_read_in_any_order():
 
 
 def test_wrong_arguments_are_refused(photos):
-    images, g = photos[8, 8], generator()
+    images, none = photos[8, 8], torch.zeros(len(photos[8, 8]), dtype=torch.bool)
     for function, arguments in [
-        (augment.random_crop, (4, g)),
-        (augment.random_flip, (g,)),
-        (augment.rand_augment, (SPEC, g)),
+        (augment.crop, (none.long().expand(2, -1), 4)),
+        (augment.flip, (none,)),
+        (augment.rand_augment, ([],)),
         (augment.normalize, ((0.5,) * 3, (0.5,) * 3)),
     ]:
         with pytest.raises(TypeError, match="uint8"):
@@ -426,20 +432,20 @@ def test_wrong_arguments_are_refused(photos):
         with pytest.raises(ValueError, match="B, C, H, W"):
             function(images[0], *arguments)
     with pytest.raises(ValueError, match="-1"):
-        augment.random_crop(images, -1, g)
+        augment.crop(images, none.long().expand(2, -1), -1)
     with pytest.raises(ValueError, match="3 channels"):
-        augment.rand_augment(images[:, :1], SPEC, g)
+        augment.rand_augment(images[:, :1], [])
     with pytest.raises(ValueError, match="3 channels"):
-        augment.rand_augment(images, SPEC, g, fill=(1, 2))
+        augment.rand_augment(images, [], fill=(1, 2))
     with pytest.raises(ValueError, match="3 numbers"):
         augment.normalize(images, (0.5,), (0.5,) * 3)
     floats, labels = images.float(), torch.zeros(len(images), dtype=torch.long)
     with pytest.raises(TypeError, match="floating"):
-        augment.mixup(images, labels, 10, 0.8, 0.1, g)
+        augment.mixup(images, labels, 10, 0.8, 0.1)
     with pytest.raises(ValueError, match="labels"):
-        augment.mixup(floats, labels[1:], 10, 0.8, 0.1, g)
-    for alpha, smoothing in [(-0.1, 0.1), (float("nan"), 0.1), (0.8, 1.0), (0.8, -0.1)]:
-        with pytest.raises(ValueError, match="alpha"):
-            augment.mixup(floats, labels, 10, alpha, smoothing, g)
+        augment.mixup(floats, labels[1:], 10, 0.8, 0.1)
+    for lam, smoothing in [(-0.1, 0.1), (1.1, 0.1), (float("nan"), 0.1), (0.8, 1.0), (0.8, -0.1)]:
+        with pytest.raises(ValueError, match="lam"):
+            augment.mixup(floats, labels, 10, lam, smoothing)
     with pytest.raises(RuntimeError):
-        augment.mixup(floats, labels + 10, 10, 0.8, 0.1, g)
+        augment.mixup(floats, labels + 10, 10, 0.8, 0.1)

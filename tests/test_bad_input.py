@@ -273,7 +273,7 @@ def without(values, key):
         (lambda run: [], "damaged"),
         (lambda run: {}, "damaged"),
         (lambda run: without(run, "format"), "damaged"),
-        (lambda run: run | {"format": 2}, ["format 2", "format 1"]),
+        (lambda run: run | {"format": 3}, ["format 3", "formats 1 to 2"]),
         (lambda run: run | {"format": None}, "format None"),
         (lambda run: without(run, "classes"), "lacks classes"),
         (lambda run: without(run, "run"), "lacks run"),

@@ -5,10 +5,22 @@ import math
 
 import made_up
 import numpy as np
+import pandas as pd
 import pytest
 
 from figures import claims
-from figures.claims import FAILS, HOLDS, UNDECIDED, judge, scope, verdict
+from figures.claims import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    depth_sweep,
+    first_setting,
+    judge,
+    lambda_sweep,
+    scope,
+    systems,
+    verdict,
+)
 from figures.paper import claims_page
 
 
@@ -182,6 +194,65 @@ def test_joint_training_is_as_long_only_to_an_epoch():
         "refused: demo-baseline-s1 and demo-baseline-s1-joint-as-long differ in steps"
         in judged.loc[("C2*", "")]["reason"]
     )
+
+
+def test_runs_of_different_trainers_are_not_compared():
+    tables = made_up.make()
+    runs = tables["runs.csv"]
+    tables["runs.csv"] = runs.assign(trainer=[1 if run == "demo-baseline-s1" else 2 for run in runs["run"]])
+    judged = judge(tables).set_index(["claim", "part"])
+    assert judged.loc[("C3", "level"), "seeds"] == 2
+    sentence = "refused: demo-baseline-lpa-s1 and demo-baseline-s1 differ in trainer"
+    assert sentence in judged.loc[("C3", ""), "reason"]
+    tables["runs.csv"] = runs.drop(columns="trainer", errors="ignore")  # a study that does not know it
+    assert judge(tables).set_index(["claim", "part"]).loc[("C3", "level"), "seeds"] == 3
+
+
+def test_networks_that_are_saved_more_often_are_compared():
+    tables = made_up.make()
+    runs = tables["runs.csv"]
+    settings = [json.dumps(json.loads(text) | {"checkpoints": "0,10" * (n == 0)})
+                for text, n in zip(runs["settings"], runs["n_lpa"], strict=True)]  # fmt: skip
+    tables["runs.csv"] = runs.assign(settings=settings)
+    pd.testing.assert_frame_equal(judge(tables), judge(made_up.make()))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"attention": "mhsa"}, {"gate_init": -2.0}, {"positional_start": "random"}, {"positional_frozen": True}],
+)
+def test_controls_are_in_no_system_and_no_sweep(tables, changed):
+    runs = tables["runs.csv"]
+    settings = [json.dumps(json.loads(text) | changed) for text in runs["settings"]]
+    controls = runs.assign(settings=settings, run=runs["run"] + "-control")
+    without, both = scope(runs), scope(pd.concat([runs, controls], ignore_index=True))
+    for select in (lambda_sweep, depth_sweep, lambda of: systems(of, lpa=False), lambda of: systems(of, lpa=True)):
+        assert list(select(both)["run"]) == list(select(without)["run"]) != []
+
+
+def test_settings_that_older_studies_lack_are_as_published(tables):
+    runs = tables["runs.csv"]
+    new = ("gate_init", "positional_start", "positional_frozen", "checkpoints")
+    older = [json.dumps({k: v for k, v in json.loads(text).items() if k not in new}) for text in runs["settings"]]
+    mixed = [old if i % 2 else text for i, (text, old) in enumerate(zip(runs["settings"], older, strict=True))]
+    for settings in (older, mixed):
+        pd.testing.assert_frame_equal(judge(tables | {"runs.csv": runs.assign(settings=settings)}), judge(tables))
+
+
+def test_first_settings(tables):
+    runs = tables["runs.csv"].iloc[[0] * 5].assign(setting=["b10-10", "b2-2", "b6-2", "", "b2-2-alphabetical"])
+    assert list(first_setting(runs)["setting"]) == ["b10-10", "b2-2", ""]
+
+
+def test_checkpoints_inside_a_task_are_left_out(tables, judged):
+    rows = tables["layer_images.parquet"].assign(at_step=-1)
+    inside = rows.assign(at_step=10, d_loc=np.float32(7.0))
+    both = tables | {"layer_images.parquet": pd.concat([rows, inside], ignore_index=True)}
+    pd.testing.assert_frame_equal(judge(both).set_index(["claim", "part"]), judged)
+
+
+def test_only_registered_statistics_have_a_margin_and_a_power(judged):
+    assert judged["margin"].isna().all() and judged["power"].isna().all()
 
 
 def test_page_names_every_verdict_and_number(tables, judged):

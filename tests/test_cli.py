@@ -23,6 +23,8 @@ from cil.augment import normalize
 from cil.checkpoint import open_run
 from cil.models import IncrementalViT
 from cil.run import randomness
+from cil.tables import AFTER
+from cil.train import train
 from locality_probe.cli import main
 from locality_probe.measures import nonlocality
 from locality_probe.record import record
@@ -287,6 +289,29 @@ def test_one_weights_file_of_a_run(runs):
     expected = run.query("run == 'toy' and task == 1").reset_index(drop=True)
     pd.testing.assert_frame_equal(file, expected)
     assert "init" not in result.stdout.split() and not (runs / "toy" / "nonlocality.csv").exists()
+
+
+def test_checkpoints_inside_tasks_are_measured_like_the_tasks(here, toy):
+    """A row for each, by its steps; the network after a task is what it is without them."""
+    train(dataclasses.replace(toy, num_classes=4, checkpoints="0,2,3"), Path("kept"))
+    result = run_ok("measure", "kept", "--n", "4")
+    table = NONLOCALITY.read("kept/nonlocality.csv")
+    points = table[["task", "at_step"]].drop_duplicates().values.tolist()
+    assert points == [[-1, AFTER], [0, 0], [0, 2], [0, AFTER], [1, 3], [1, AFTER]]
+    initial, first = (
+        table[(table["task"] == t) & (table["at_step"] == s)]["d_loc"].tolist() for t, s in ((-1, AFTER), (0, 0))
+    )
+    assert initial == first
+    words = [line.split()[:2] for line in result.output.splitlines()]
+    assert [line for line in words if line and line[0] == "step"] == [["step", "0"], ["step", "2"], ["step", "3"]]
+    assert set(INTERVALS.read("kept/intervals.csv")["task"]) == {-1, 0, 1}
+    run_ok("measure", "kept/task_00_step_000002.safetensors", "--n", "4", "--out", "one")
+    one = NONLOCALITY.read("one/nonlocality.csv")
+    both = table[table["at_step"] == 2]
+    np.testing.assert_allclose(one["d_loc"], both["d_loc"], rtol=1e-9)
+    assert set(one["at_step"]) == {2}
+    run = CliRunner().invoke(main, ["compare", "kept/task_00_step_000002.safetensors", "kept/task_00.safetensors"])
+    assert run.exit_code == 1 and "is no network after a task of its run" in run.output
 
 
 @pytest.mark.parametrize("nest", [lambda state: state, lambda state: {"model": state, "epoch": 3}])

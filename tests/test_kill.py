@@ -113,8 +113,14 @@ def test_killed_run_ends_as_the_undisturbed_one(number, point, toy_runs, toy, tm
 
 
 def slow(run, out):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
     before(Learner, "step", lambda *args: True, lambda *args: time.sleep(0.05))
+    train(run, out)
+
+
+def told_to_stop(run, out, number, step):
+    """Train, and be sent a signal while the step `step` (from 0) is under way."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
+    before(Learner, "step", nth(step), lambda *args: os.kill(os.getpid(), number))
     with contextlib.suppress(KeyboardInterrupt):
         train(run, out)
         os._exit(3)
@@ -122,22 +128,20 @@ def slow(run, out):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("steps", [1, 5])
-def test_stopped_run_saves_where_it_is_and_leaves(number, steps, toy_runs, toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [0, 2, 6])  # in the first task, in the main phase and in fine-tuning of the second
+def test_stopped_run_saves_where_it_is_and_leaves(number, step, toy_runs, toy, tmp_path):
     """By SIGTERM, or by Ctrl-C: it does not wait for the next state, which is 20 seconds away."""
-    process, out = FORK.Process(target=slow, args=(toy, tmp_path / "toy")), tmp_path / "toy"
-    process.start()
-    while not (out / ".lock").exists():
-        time.sleep(0.005)
-    time.sleep(0.05 * steps + 0.05)
+    process, out = FORK.Process(target=told_to_stop, args=(toy, tmp_path / "toy", number, step)), tmp_path / "toy"
     began = time.monotonic()
-    os.kill(process.pid, number)
+    process.start()
     process.join(30)
-    assert process.exitcode == 4 and time.monotonic() - began < 10
+    assert process.exitcode == 4 and time.monotonic() - began < 15
     (state,) = open_run(out).resume_states()
     seen = []
     train(toy, out, report=seen.append)
-    assert seen[0].done == int(state.stem) + 1 > 1  # it goes on after the step that was saved, inside the epoch too
+    assert (
+        seen[0].done == int(state.stem) + 1 == step + 2
+    )  # it goes on after the step that was saved, inside the epoch too
     assert_equal(toy_runs / "toy", out)
 
 

@@ -1,6 +1,7 @@
 """Networks under the trainer: freezing by name with many tasks, and timm backbones trained by the same loop."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -106,13 +107,24 @@ def test_bad_model(changes, words, toy):
         create_model(dataclasses.replace(toy, **{"n_lpa": 0, **changes}), (8, 8))
 
 
+def told(run) -> list[str]:
+    """What the dry run says, in the order of saying."""
+    parts = []
+    dry_run.describe_plan(run, echo=parts.append)
+    return parts
+
+
 def test_dry_run_tells_tasks_memory_rates_time_and_disk(toy):
-    text = dry_run.describe_plan(toy)
+    table, estimate, *_ = told(toy)
+    assert (
+        " MB at its largest" in table and "estimated time" not in table
+    )  # the table comes before anything is measured
+    assert estimate.startswith("estimated time: ")
+    text = table
     lines = [line.split() for line in text.splitlines()]
     assert lines[3] == ["1", "4", "finetune", "20", "2", "2", "2.0e-04,", "2.0e-04", "5", "of", "4"]
     assert "14 steps at batch 16, 224 images; 18 exemplars at the end, memory shared" in text
-    assert "estimated time: " in text and " MB at its largest" in text
-    joint = dry_run.describe_plan(toy.joint())
+    joint = told(toy.joint())[0]
     assert "finetune" not in joint and "0 exemplars" in joint
 
 
@@ -133,7 +145,7 @@ def test_measuring_a_step_leaves_no_trace(toy, toy_run):
     before = torch.get_rng_state()
     dataset = in_class_order(load_dataset(toy), toy_run)
     for phase in plan(toy_run, dataset):
-        assert 0 < dry_run.seconds_per_image(toy_run, dataset, phase, "cpu") < 60
+        assert 0 < dry_run.seconds_per_image(toy_run, dataset, phase, "cpu", dry_run.Stopwatch()) < 60
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -143,3 +155,26 @@ def test_measuring_a_step_leaves_no_trace(toy, toy_run):
 )
 def test_duration(seconds, words):
     assert dry_run.duration(seconds) == words
+
+
+def test_stopwatch_takes_the_fastest_turn_and_sees_who_waits():
+    watch, turns = dry_run.Stopwatch(), iter([0.0, 0.05, 0.0, 0.05, 0.05, 0.05])
+    fastest = watch.fastest(lambda: time.sleep(next(turns)))
+    assert fastest < 0.04 and watch.slowdown > 3  # asleep, it is given no CPU time: as where others are in the way
+    busy, end = dry_run.Stopwatch(), []
+
+    def compute():
+        end.append(time.thread_time() + 0.02)
+        while time.thread_time() < end[-1]:
+            pass
+
+    assert busy.fastest(compute) >= 0.02 and busy.cpu == pytest.approx(0.1, rel=0.2)
+
+
+def test_dry_run_says_when_the_machine_is_busy(toy, monkeypatch):
+    monkeypatch.setattr(dry_run, "seconds_per_image", lambda *_: 1.0)
+    monkeypatch.setattr(dry_run, "seconds_of_prediction", lambda *_: 0.0)
+    for slowdown, said in ((1.1, 2), (2.0, 3)):
+        monkeypatch.setattr(dry_run.Stopwatch, "slowdown", slowdown)
+        assert len(told(toy)) == said
+    assert "2.0 times their CPU time" in told(toy)[2] and "112 seconds" in told(toy)[2]

@@ -1,0 +1,111 @@
+"""Every random number of an epoch, from the CPU's generator: order of images, crops, flips, RandAugment, mixup, drop path.
+
+CPU and GPU therefore train with the same draws, and a run that goes on after an interruption needs no generator state: a
+place (task, phase, epoch, step) names its stream (cil.run.randomness). Under torchrun, draws are for the whole batch and a
+process takes its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.special import betaincinv
+from torch import Generator, Tensor
+
+from cil import augment, parallel
+from cil.augment import Operation, RandAugment
+from cil.run import Run, randomness
+
+# One call of stochastic depth in a forward pass: the probability of dropping, and the shape of what is drawn for an image.
+DropPathCall = tuple[float, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step, for the rows of a batch [b]. None or empty: this run draws none."""
+
+    crop: Tensor | None  # int64 [2, b], rows and columns (augment.crop)
+    flip: Tensor | None  # bool [b]
+    operations: list[list[Operation]]  # of RandAugment, a list a layer
+    lam: float | None  # of mixup, the same for the whole batch
+    drop_path: list[Tensor]  # float32 [b k, ...] a call: 0 where the row is dropped, else 1 / (1 - p)
+
+    def to(self, device: str) -> Draws:
+        """The same on a device."""
+        if torch.device(device).type == "cpu":
+            return self
+
+        def send(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        layers = [[Operation(o.number, send(o.rows), send(o.argument)) for o in layer] for layer in self.operations]
+        masks = self.drop_path
+        if masks:  # one copy, not one a call
+            flat = send(torch.cat([mask.flatten() for mask in masks])).split([mask.numel() for mask in masks])
+            masks = [part.view(mask.shape) for part, mask in zip(flat, masks, strict=True)]
+        return replace(self, crop=send(self.crop), flip=send(self.flip), operations=layers, drop_path=masks)
+
+
+def of_epoch(run: Run, task: int, phase: str, epoch: int, n: int) -> tuple[Tensor, Tensor]:
+    """The order in which an epoch shows n images, int64 [n], each run.repeats times in a row; a seed for each crop [n]."""
+    with randomness(run.seed, task, phase, epoch) as generator:
+        order = torch.randperm(n, generator=generator).repeat_interleave(run.repeats)[:n]
+        return order, torch.randint(2**62, (n,), generator=generator)
+
+
+def of_step(run: Run, n: int, drop_path: Sequence[DropPathCall], generator: Generator) -> Draws:
+    """What a step on a batch of n images draws; inside parallel.batch, the rows of this process."""
+    return Draws(
+        crop=parallel.own(crop_offsets(n, run.crop_padding, generator), dim=1) if run.crop_padding else None,
+        flip=parallel.own(flips(n, generator)) if run.flip else None,
+        operations=operations(n, augment.parse(run.rand_augment), generator) if run.rand_augment else [],
+        lam=mixup_lambda(run.mixup, generator) if run.mixup else None,
+        drop_path=[parallel.own(kept(n, *call, generator)).flatten(0, 1) for call in drop_path],
+    )
+
+
+def crop_offsets(n: int, padding: int, generator: Generator) -> Tensor:
+    """int64 [2, n]: all (2 padding + 1)^2 offsets alike, as torchvision's RandomCrop(padding)."""
+    return torch.randint(2 * padding + 1, (2, n, 1), generator=generator).squeeze(2)
+
+
+def flips(n: int, generator: Generator) -> Tensor:
+    """bool [n]: true with probability 1/2, as torchvision's RandomHorizontalFlip."""
+    return torch.rand(n, generator=generator) < 0.5
+
+
+def mixup_lambda(alpha: float, generator: Generator) -> float:
+    """One draw from Beta(alpha, alpha): torch's own Beta takes no generator, so invert the distribution function."""
+    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return float(betaincinv(alpha, alpha, uniform))
+
+
+def kept(n: int, p: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """float32 [n, *shape]: 0 with probability p, else 1 / (1 - p)."""
+    return torch.empty(n, *shape).bernoulli_(1 - p, generator=generator) / (1 - p)
+
+
+def operations(n: int, config: RandAugment, generator: Generator) -> list[list[Operation]]:
+    """RandAugment's draws for n images, a list a layer; inside parallel.batch, for the rows of this process."""
+    to_argument = list(augment.arguments(config.increasing).values())
+    layers = []
+    for number, level, sign in zip(*(parallel.own(t, dim=1) for t in levels(n, config, generator)), strict=True):
+        chosen = [(place, (number == place).nonzero().flatten()) for place in range(len(to_argument))]
+        layers.append([
+            Operation(place, rows, to_argument[place](level[rows] / 10, sign[rows]).float())
+            for place, rows in chosen if len(rows)
+        ])  # fmt: skip
+    return layers
+
+
+def levels(n: int, config: RandAugment, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Per layer and image, [layers, n] each: operation number or -1 for none, level in [0, 10], sign -1 or 1."""
+    shape = (config.layers, n)
+    number = torch.randint(15, shape, generator=generator)
+    number[torch.rand(shape, generator=generator) < 0.5] = -1
+    noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+    level = (config.magnitude + config.std * noise).clamp(0, 10)
+    sign = 2 * torch.randint(2, shape, generator=generator) - 1
+    return number, level, sign

@@ -136,7 +136,7 @@ def test_stopped_run_saves_where_it_is_and_leaves(number, step, toy_runs, toy, t
     process.start()
     process.join(30)
     assert process.exitcode == 4 and time.monotonic() - began < 15
-    (state,) = open_run(out).resume_states()
+    state = open_run(out).resume_states()[0]
     seen = []
     train(toy, out, report=seen.append)
     assert (

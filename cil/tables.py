@@ -15,7 +15,7 @@ AFTER = -1  # the `at_step` of a network after its task, not inside it
 class Table:
     """A tidy table: `keys` name a row, `values` are measured for it. Both map a column to (dtype, unit and meaning).
 
-    added: columns that files of an earlier version may lack -> what they then hold. A table that is written has them all.
+    added: columns that tables of an earlier version lack -> what they then hold.
     """
 
     name: str
@@ -29,10 +29,11 @@ class Table:
         return {**self.keys, **self.values}
 
     def check(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """`frame` with exactly the declared columns, in order and dtype.
+        """`frame` with exactly the declared columns, in order and dtype; those of `added` are filled in where they lack.
 
         Raises ValueError that names a missing or unknown column, a value of the wrong kind, or a repeated key.
         """
+        frame = frame.assign(**{c: value for c, value in self.added.items() if c not in frame})
         missing = [c for c in self.columns if c not in frame]
         unknown = [c for c in frame if c not in self.columns]
         if missing or unknown:
@@ -79,7 +80,7 @@ class Table:
         for column in text:
             if column in frame:
                 frame[column] = frame[column].fillna("")
-        return self.check(frame.assign(**{c: value for c, value in self.added.items() if c not in frame}))
+        return self.check(frame)
 
 
 ACCURACY = Table(

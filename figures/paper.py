@@ -154,6 +154,8 @@ def title_of(row: pd.Series) -> str:
 def setting_title(setting: str) -> str:
     if not setting:
         return "digits B2-2"
+    if setting in (learned := recipes.settings_of("learned")):
+        return learned[setting][0]
     where = "ImageNet-100" if setting.startswith("imagenet-") else "CIFAR-100"
     return f"{where} {setting.removeprefix('imagenet-').upper()}"
 
@@ -475,6 +477,9 @@ def table1(tables: Tables):
     caption = "Table 1. CIFAR-100, percent. Published: full training on GPUs. Ours: scale {scale}."
     if "" in set(tables["runs.csv"]["setting"]):
         settings, caption = [""], "Table 1, on digits, which the paper has not. Percent; ours: scale {scale}."
+    elif "learned" in set(tables["runs.csv"]["scale"]):
+        settings = list(recipes.settings_of("learned"))
+        caption = "Table 1, on ten classes, which the paper has not. Percent; ours: scale {scale}."
     return _table(tables, settings, caption)
 
 

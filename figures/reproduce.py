@@ -16,6 +16,7 @@ import torch
 
 from cil import checkpoint, data, recipes
 from cil.data import Dataset, ImageSet
+from cil.device import processor
 from cil.dry_run import duration, estimate
 from cil.run import Run
 from cil.schedule import plan as phases_of
@@ -311,11 +312,12 @@ def describe(
 
 
 def cost_of(jobs: list[Job], study: Study, threads: int, device: str) -> list[tuple[int, int, float]]:
-    """(steps, images, seconds) of each run: at the pace of runs that are in the study, or else of a few measured steps.
+    """(steps, images, seconds) of each run: at the pace of runs that are in the study and were trained on such a processor,
+    or else of a few measured steps.
 
     Without the data, counts are those of the published sets, and images are made up; decoding of files is not counted.
     """
-    paces, found = {}, []
+    paces, found, here = {}, [], processor(device)
     rows, before = study.read("runs.csv"), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -327,7 +329,7 @@ def cost_of(jobs: list[Job], study: Study, threads: int, device: str) -> list[tu
             phases = phases_of(directory, ordered)
             images = sum(phase.images_drawn for phase in phases)
             kind = run.dataset, run.method, run.training
-            known = rows[(rows["method"] == run.method) & (rows["training"] == run.training)]
+            known = rows[(rows["method"] == run.method) & (rows["training"] == run.training) & (rows["device"] == here)]
             if kind not in paces and len(known):
                 paces[kind] = known["seconds"].sum() / known["images"].sum()
             elif kind not in paces:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from matplotlib import pyplot as plt
 
+from cil.tables import AFTER
 from figures import attention_maps, nonlocality_over_tasks, style
 from figures.__main__ import main
 from locality_probe.tables import INITIAL, NONLOCALITY
@@ -42,7 +43,22 @@ def table(pairs=BOTH, layers=range(3), tasks=4, trainings=("incremental", "joint
                     for head in range(HEADS):
                         d = value(pair, training, layer, task, head)
                         run = pair if training == "incremental" else f"{pair}-{training}"
-                        row = (run, task, layer, head, pair, training, kind, "grid", 8, d, 0.2, UNIFORM, d / UNIFORM)
+                        row = (
+                            run,
+                            task,
+                            layer,
+                            head,
+                            AFTER,
+                            pair,
+                            training,
+                            kind,
+                            "grid",
+                            8,
+                            d,
+                            0.2,
+                            UNIFORM,
+                            d / UNIFORM,
+                        )
                         rows.append(row)
     columns = list(NONLOCALITY.columns)
     return pd.DataFrame(rows, columns=columns[: len(rows[0])]).reindex(columns=columns)
@@ -70,6 +86,16 @@ def test_lines_are_head_means_over_tasks_counted_from_1():
             for training, label in (("incremental", "CIL"), ("joint", "joint")):
                 assert drawn[label][0] == [1, 2, 3, 4]
                 assert drawn[label][1] == pytest.approx([mean(pair, training, layer, t) for t in range(4)])
+
+
+def test_checkpoints_inside_tasks_are_no_points_of_the_lines():
+    frame = table()
+    inside = frame[frame["task"] == 1].assign(at_step=10, d_loc=0.0)
+    figures = [
+        nonlocality_over_tasks.draw(f) for f in (frame, pd.concat([frame, inside]), frame.drop(columns="at_step"))
+    ]
+    drawn = [[lines(axes) for axes in figure.axes] for figure in figures]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_references_are_labelled_once_and_visible_everywhere():

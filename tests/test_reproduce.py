@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from cil import recipes
+from cil.device import processor
 from figures import reproduce as making
 from figures.paper import ARTIFACTS
 from figures.reproduce import Scale, cost_of, jobs_of, needs, nominal, reproduce
@@ -161,7 +162,7 @@ def test_names_are_checked_first(tmp_path):
     run = CliRunner().invoke(main, ["reproduce", "--only", "fig44", "--out", str(tmp_path)])
     assert run.exit_code == 2 and "no 'fig44' at scale demo; there are: fig1, fig2" in run.output
     run = CliRunner().invoke(main, ["reproduce", "--scale", "huge", "--out", str(tmp_path)])
-    assert run.exit_code == 2 and "no scale 'huge'; there are: demo, small, paper" in run.output
+    assert run.exit_code == 2 and "no scale 'huge'; there are: demo, learned, small, paper" in run.output
     for words, sentence in (
         (["--executor", "foo"], "no executor 'foo'"),
         (["--workers", "0"], "--workers 0 must be at"),
@@ -182,11 +183,11 @@ def test_data_that_are_not_there_are_asked_for_after_the_plan(tmp_path, monkeypa
     assert f"data: no CIFAR-100 in {tmp_path}" in run.output and f"data: no ImageNet in {tmp_path}" in run.output
 
 
-@pytest.mark.parametrize("scale", ["demo", "small", "paper"])
+@pytest.mark.parametrize("scale", ["demo", "learned", "small", "paper"])
 def test_runs_of_equal_settings_are_one(scale, tmp_path):
     of = needs(scale)
     jobs = jobs_of(of["report"], tmp_path, "data")
-    start = {"demo": "demo", "small": "small-b10-10", "paper": "paper-b10-10"}[scale]
+    start = {"demo": "demo", "learned": "learned-b2-2", "small": "small-b10-10", "paper": "paper-b10-10"}[scale]
     assert jobs[f"{start}-baseline-nlpa-0", 0].name == f"{start}-baseline-s0"
     assert jobs[f"{start}-baseline-lambda-0.02", 0].name == f"{start}-baseline-lpa-s0"
     distinct = set(jobs.values())
@@ -213,18 +214,47 @@ def test_scales_cover_what_the_issue_of_each_is():
     assert {f"paper-{setting}-{system}-s0" for setting in recipes.PUBLISHED for system in making.FOUR} <= cells
 
 
+def test_learned_trains_what_was_registered_in_its_order():
+    jobs = list(dict.fromkeys(making.all_jobs("learned", making.Path("runs"), "data").values()))
+    jobs.sort(key=lambda job: job.turn)
+    names = [job.name.removeprefix("learned-") for job in jobs]
+    assert len(names) == 116
+    main = [f"b2-2-baseline{lpa}-s{seed}{training}" for seed in range(8) for lpa in ("", "-lpa")
+            for training in ("", "-joint-as-long", "-joint-terminal")]  # fmt: skip
+    assert set(names[:48]) == set(main) and set(names[:6]) == {name for name in main if "-s0" in name}
+    later = [
+        "joint",
+        "mhsa",
+        "gate",
+        "lpa-frozen",
+        "lpa-random",
+        "lambda-0.002",
+        "lambda-1",
+        "nlpa-2",
+        "b6-2",
+        "dytox",
+        "alphabetical",
+    ]
+    first = [next(i for i, name in enumerate(names) if part in name and name not in main) for part in later]
+    assert min(first) == 48 and [jobs[i].turn // 1000 for i in first] == [1, 2, 3, 3, 3, 4, 4, 4, 5, 6, 7]
+    assert all(job.run.checkpoints.startswith("0,10,30,100,") for job in jobs)
+
+
 def test_cost_is_at_the_pace_of_what_was_run(tmp_path):
     jobs = list(dict.fromkeys(jobs_of(needs("paper")["fig1"], tmp_path, "data").values()))
     study = Study(tmp_path)
     row = {
         "run": "x", "scale": "paper", "setting": "b10-10", "system": "baseline", "method": "baseline", "n_lpa": 0,
         "lpa_blocks": 5, "lambda_init": 0.02, "training": "incremental", "seed": 0, "tasks": 1, "classes": 10, "steps": 10,
-        "images": 1000, "seconds": 20.0, "git": "", "torch": "", "settings": "{}",
+        "images": 1000, "seconds": 20.0, "git": "", "trainer": 2, "torch": "", "device": processor("cpu"), "settings": "{}",
     }  # fmt: skip
+    elsewhere = row | {"run": "z", "seconds": 99.0, "device": "another"}
     joint = row | {"run": "y", "training": "joint", "seconds": 10.0}
     study.add("x", {"runs.csv": pd.DataFrame([row])}, {"run": "x", "kind": "accuracy"} | dict.fromkeys(
         ("images", "seconds"), 1) | dict.fromkeys(("source", "sha256", "git"), ""))  # fmt: skip
     study.add("y", {"runs.csv": pd.DataFrame([joint])}, {"run": "y", "kind": "accuracy"} | dict.fromkeys(
+        ("images", "seconds"), 1) | dict.fromkeys(("source", "sha256", "git"), ""))  # fmt: skip
+    study.add("z", {"runs.csv": pd.DataFrame([elsewhere])}, {"run": "z", "kind": "accuracy"} | dict.fromkeys(
         ("images", "seconds"), 1) | dict.fromkeys(("source", "sha256", "git"), ""))  # fmt: skip
     for job, (steps, images, seconds) in zip(jobs, cost_of(jobs, study, 1, "cpu"), strict=True):
         assert steps == (640_100 if job.run.training == "joint" else 156_560)

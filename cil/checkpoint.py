@@ -16,13 +16,10 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +30,7 @@ from torch import Tensor
 
 from cil.data import Dataset
 from cil.device import processor
+from cil.files import atomically, git_state, versions, write_json
 from cil.methods import METHODS
 from cil.models import Incremental, create_model
 from cil.run import FORMAT, Run, randomness
@@ -270,7 +268,7 @@ def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") ->
     path.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "run": run.to_dict()}
     content |= {k: v for k, v in vars(directory).items() if k not in ("path", "run")}
-    atomically(path / "run.json", lambda part: Path(part).write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(path / "run.json", content)
     return directory
 
 
@@ -326,37 +324,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
-
-
-def atomically(path: Path, write) -> None:
-    """write(part), then give the file its name: a reader sees the old file or the whole new one, also after a crash."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that numbers depend on."""
-    names = ("locality-probe", "torch", "timm", "numpy", "scikit-learn")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def git_state() -> str | None:
-    """Commit of the code, with `-dirty` if it is changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _neighbours(path: Path) -> str:

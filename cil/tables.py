@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+
+from cil.files import atomically
 
 AFTER = -1  # the `at_step` of a network after its task, not inside it
 
@@ -53,18 +54,14 @@ class Table:
     def write(self, frame: pd.DataFrame, path: str | Path) -> Path:
         """Write as CSV or Parquet by the suffix of `path`; a reader sees the old file or the new one, never a half."""
         path, frame = Path(path), self.check(frame)
-        part = path.with_name(f".{path.name}.part")
-        try:
+
+        def write(part: Path) -> None:
             if path.suffix == ".parquet":
                 frame.to_parquet(part, index=False, compression="zstd")
             else:
                 frame.to_csv(part, index=False)
-            with open(part, "rb") as file:  # also after a power cut
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+
+        return atomically(path, write)
 
     def read(self, path: str | Path) -> pd.DataFrame:
         """The table in `path`. Raises ValueError when it is no such table."""

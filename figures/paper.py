@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cil import recipes
-from cil.checkpoint import atomically
+from cil.files import atomically, write_text
 from figures import (
     accuracy_curves,
     attention_examples,
@@ -96,9 +96,9 @@ def write(built: Built, tables: Tables, out: str | Path, echo: Callable[[str], N
             continue
         frame, drawn, runs = found
         atomically(out / f"{name}.csv", lambda part, frame=frame: _nine_digits(frame).to_csv(part, index=False))
-        _write(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance(tables, name, runs)}\n")
+        write_text(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance(tables, name, runs)}\n")
         if isinstance(drawn, str):
-            _write(out / f"{name}.md", drawn)
+            write_text(out / f"{name}.md", drawn)
             echo(f"wrote {out / name}.md, .csv")
         else:
             for suffix in (".png", ".pdf"):
@@ -111,7 +111,7 @@ def write_claims(judged: pd.DataFrame, out: str | Path, echo: Callable[[str], No
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     CLAIMS.write(_nine_digits(judged), out / "claims.csv")
-    _write(out / "claims.md", claims_page(judged))
+    write_text(out / "claims.md", claims_page(judged))
     echo(f"wrote {out / 'claims'}.csv, .md")
 
 
@@ -119,10 +119,6 @@ def _nine_digits(frame: pd.DataFrame) -> pd.DataFrame:
     """With numbers of nine significant digits: the last of sixteen differ from one CPU to the next."""
     numbers = frame.select_dtypes("float")
     return frame.assign(**numbers.map(lambda value: float(f"{value:.9g}")))
-
-
-def _write(path: Path, text: str) -> None:
-    atomically(path, lambda part: Path(part).write_text(text))
 
 
 def provenance(tables: Tables, name: str, runs: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cil.checkpoint import atomically
+from cil.files import write_text
 from figures import claims, paper, paper_tables, registered, style
 from figures.claims import Tables
 from figures.paper import ARTIFACTS, Built, NotRun
@@ -31,7 +31,7 @@ def write(tables: Tables, built: Built, judged: pd.DataFrame, path: str | Path) 
     """The report of a study, under 15 MB. built: of all ARTIFACTS; judged: the table CLAIMS."""
     text = render(tables, built, judged)
     assert len(text.encode()) < MOST_BYTES, "the viewer's example images are too many"
-    atomically(Path(path), lambda part: Path(part).write_text(text))
+    write_text(Path(path), text)
     return Path(path)
 
 

@@ -18,6 +18,7 @@ from cil import checkpoint, data, recipes
 from cil.data import Dataset, ImageSet
 from cil.device import processor
 from cil.dry_run import duration, estimate
+from cil.files import git_state
 from cil.run import Run
 from cil.schedule import plan as phases_of
 from cil.schedule import total_steps
@@ -268,7 +269,7 @@ def stamp(study: Study, names: list[str]) -> str:
     """What the drawings were made of: the measurements, what was asked for, the code."""
     measured = study.folder / "measurements.csv"
     content = measured.read_bytes() if measured.is_file() else b""
-    return hashlib.sha256(content + json.dumps([names, checkpoint.git_state()]).encode()).hexdigest()
+    return hashlib.sha256(content + json.dumps([names, git_state()]).encode()).hexdigest()
 
 
 def read_stamp(out: Path) -> str:

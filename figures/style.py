@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import numpy as np
 import seaborn as sns
 from matplotlib import style
 from matplotlib.figure import Figure
+
+from cil.files import atomically
 
 BLUE, ORANGE, GREEN, VERMILION = sns.color_palette("colorblind", 4)
 REFERENCE = "0.35"  # grey of the lines that measurements are held against
@@ -85,12 +86,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     suffix = check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     try:
         with look():
-            figure.savefig(part, format=suffix[1:], metadata=METADATA[suffix])
-        os.replace(part, path)
+            return atomically(path, lambda part: figure.savefig(part, format=suffix[1:], metadata=METADATA[suffix]))
     finally:
-        part.unlink(missing_ok=True)
         plt.close(figure)
-    return path

@@ -163,7 +163,7 @@ def families() -> Iterator[tuple[str, str, str, Callable[[], list[Layer]]]]:
 
 def support_matrix(report: Callable[[str], None] = lambda family: None) -> str:
     """docs/support.md: what becomes of each attention layer of each family, as Markdown."""
-    from cil.checkpoint import versions
+    from cil.files import versions
 
     rows, counts = [], {"families": 0, "layers": 0, "ok": 0, "window": 0, "skipped": 0}
     for library, family, name, layers_of in families():

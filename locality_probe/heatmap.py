@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cil import checkpoint
-from cil.checkpoint import atomically
+from cil.files import atomically
 from locality_probe.record import Layer, Recorded, record
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cil import checkpoint
-from cil.checkpoint import RunDir, atomically
+from cil.checkpoint import RunDir
+from cil.files import write_provenance
 from locality_probe.features import RunData, load
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL, SPECTRUM, SPECTRUM_SUMMARY
@@ -169,9 +168,8 @@ class Spectra:
     def write(self, out: Path) -> list[Path]:
         """spectrum.parquet, spectrum_summary.csv and spectrum_measurement.json in the folder `out`."""
         out.mkdir(parents=True, exist_ok=True)
-        provenance = {"images": self.images, "versions": checkpoint.versions(), "git": checkpoint.git_state()}
         described = out / "spectrum_measurement.json"
-        atomically(described, lambda part: Path(part).write_text(json.dumps(provenance, indent=1) + "\n"))
+        write_provenance(described, {"images": self.images})
         paths = [SPECTRUM_SUMMARY.write(self.summary, out / "spectrum_summary.csv")]
         return [*paths, SPECTRUM.write(self.spectrum, out / "spectrum.parquet"), described]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cil import checkpoint, data, recipes
 from cil.checkpoint import RunDir
+from cil.files import git_state
 from locality_probe import spectra, survey, transfer
 from locality_probe.images import load_images
 from locality_probe.intervals import CODES
@@ -212,7 +213,7 @@ def measure(kind: str, path: str | Path, sizes: Sizes, data_dir: str, device: st
     torch.set_num_threads(1)  # runs are measured side by side
     began, directory = time.monotonic(), checkpoint.open_run(path)
     frames, images = KINDS[kind](directory, sizes, data_dir, device)
-    row = {"run": directory.name, "kind": kind, **images, "git": checkpoint.git_state() or ""}
+    row = {"run": directory.name, "kind": kind, **images, "git": git_state() or ""}
     return frames, row | {"seconds": round(time.monotonic() - began, 1)}
 
 

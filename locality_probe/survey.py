@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from cil import checkpoint
-from cil.checkpoint import atomically
+from cil.files import write_provenance
 from cil.tables import AFTER
 from locality_probe.images import ProbeImages
 from locality_probe.intervals import group_by_seed, intervals
@@ -35,15 +33,12 @@ class Survey:
         """nonlocality.csv, intervals.csv, nonlocality_images.parquet, layers.csv and measurement.json in the folder `out`."""
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        provenance = {"images": self.images, "versions": checkpoint.versions(), "git": checkpoint.git_state()}
         paths = [
             NONLOCALITY_IMAGES.write(self.per_image, out / "nonlocality_images.parquet"),
             LAYERS.write(self.layers, out / "layers.csv"),
             INTERVALS.write(self.intervals, out / "intervals.csv"),
         ]
-        atomically(
-            out / "measurement.json", lambda part: Path(part).write_text(json.dumps(provenance, indent=1) + "\n")
-        )
+        write_provenance(out / "measurement.json", {"images": self.images})
         return [NONLOCALITY.write(self.nonlocality, out / "nonlocality.csv"), *paths, out / "measurement.json"]
 
 

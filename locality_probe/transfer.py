@@ -7,7 +7,6 @@ the network as initialised on the very same classes, and training labels that ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from cil import checkpoint
-from cil.checkpoint import RunDir, atomically
+from cil.checkpoint import RunDir
+from cil.files import write_provenance
 from locality_probe import survey
 from locality_probe.features import RunData, load
 from locality_probe.images import ProbeImages, load_images
@@ -108,9 +107,8 @@ class Transfer:
     def write(self, out: Path) -> list[Path]:
         """transfer.csv, cka.csv, transfer_locality.csv and transfer_measurement.json in the folder `out`."""
         out.mkdir(parents=True, exist_ok=True)
-        provenance = {"images": self.images, "versions": checkpoint.versions(), "git": checkpoint.git_state()}
         described = out / "transfer_measurement.json"
-        atomically(described, lambda part: Path(part).write_text(json.dumps(provenance, indent=1) + "\n"))
+        write_provenance(described, {"images": self.images})
         tables = {"transfer.csv": (TRANSFER, self.transfer), "cka.csv": (CKA, self.cka),
                   "transfer_locality.csv": (TRANSFER_LOCALITY, self.locality)}  # fmt: skip
         return [*(table.write(frame, out / name) for name, (table, frame) in tables.items()), described]

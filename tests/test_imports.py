@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("cil", "locality_probe", "figures")
-TABLES = ("cil.tables", "locality_probe.tables")
+TABLES = ("cil.tables", "cil.files", "locality_probe.tables")
 # What orchestrates: demo and reproduce train and measure, paper and report gather tables; the other figures only draw.
 EVERYTHING = ("figures/demo.py", "figures/paper.py", "figures/report.py", "figures/reproduce.py")
 JUDGES = {"figures/claims.py": ("cil.evaluate", "locality_probe.intervals")}  # pure functions over tables

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from cil import text
 from cil.checkpoint import RunDir
 from cil.files import write_provenance
 from locality_probe.features import RunData, load
@@ -213,17 +214,19 @@ def spectra(
 
 def format_table(summary: pd.DataFrame, group: str = "seen") -> str:
     """Effective rank of a group's features, task x layer, for each run."""
-    lines = []
+    blocks = []
     for run, rows in summary.groupby("run", sort=False):
         shown = rows[(rows["group"] == group) | (rows["task"] == INITIAL)]
         layers = list(dict.fromkeys(shown["layer"]))
         ranks = shown.set_index(["task", "layer"])["effective_rank"]
         sizes = rows.groupby("layer", sort=False)["dimension"].max()
-        lines.append(f"{run}: effective rank of features of {group} classes (init: of all)")
-        lines.append(f"{'task':>8}" + "".join(f"{layer:>10}" for layer in layers))
-        for task in sorted(shown["task"].unique()):
+
+        def line(task: int, layers: list[str] = layers, ranks: pd.Series = ranks) -> list[str]:
             cells = [ranks.get((task, layer)) for layer in layers]
-            name = "init" if task == INITIAL else task
-            lines.append(f"{name:>8}" + "".join(f"{'' if c is None else f'{c:.1f}':>10}" for c in cells))
-        lines.append(f"{'of':>8}" + "".join(f"{sizes[layer]:>10}" for layer in layers) + "\n")
-    return "\n".join(lines)
+            return ["init" if task == INITIAL else f"{task}", *("" if c is None else f"{c:.1f}" for c in cells)]
+
+        body = [line(task) for task in sorted(shown["task"].unique())]
+        title = f"{run}: effective rank of features of {group} classes (init: of all)"
+        shown_table = text.table(["task", *layers], [*body, ["of", *(f"{sizes[x]}" for x in layers)]], left=0)
+        blocks.append(text.block(title, shown_table))
+    return "\n\n".join(blocks) + "\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cil import text
 from cil.files import write_provenance
 from cil.tables import AFTER
 from locality_probe.images import ProbeImages
@@ -17,6 +18,7 @@ from locality_probe.subject import Subject
 from locality_probe.tables import INITIAL, INTERVALS, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 BATCH = 32
+TRAININGS = ("incremental", "joint", "joint-terminal", "joint-as-long", "model")  # in the order of printing
 
 
 @dataclass(frozen=True)
@@ -105,55 +107,39 @@ def format_table(frame: pd.DataFrame, sure: pd.DataFrame | None = None) -> str:
     """
     half = {}
     if sure is not None:
-        own = sure[(sure["over"] == "images") & (sure["measure"] == "d_loc")]
-        half = {(r.run, (r.task, AFTER), r.layer): (r.high - r.low) / 2 for r in own.itertuples()}
+        over_images = sure[(sure["over"] == "images") & (sure["measure"] == "d_loc") & (sure["other"] == "")]
+        half = {(r.run, (r.task, AFTER), r.layer): (r.high - r.low) / 2 for r in over_images.itertuples()}
     frame = frame.assign(point=list(zip(frame["task"], frame["at_step"], strict=True)))
-    blocks = []
-    for pair, rows in frame.groupby("pair", sort=False):
-        first = rows.iloc[0]
-        names = rows.drop_duplicates("training").set_index("training")["run"]
-        means = rows.groupby(["point", "layer", "training"])["d_loc"].mean()
-        trainings = [
-            t
-            for t in ("incremental", "joint", "joint-terminal", "joint-as-long", "model")
-            if t in set(rows["training"])
-        ]
-        layers = sorted(rows["layer"].unique())
-        kinds = rows.drop_duplicates("layer").set_index("layer")["kind"]
-        windows = set(rows.loc[rows["extent"] == "window", "layer"])
-        titles = [f"layer {x} {kinds[x]}" + ", window" * (x in windows) for x in layers]
+    blocks = [_pair_as_text(pair, rows, half) for pair, rows in frame.groupby("pair", sort=False)]
+    lines = _seed_lines(sure) if sure is not None else []
+    return "\n\n".join([*blocks, *(["\n".join(map(text.prose, lines))] if lines else [])]) + "\n"
 
-        def cell(point: tuple[int, int], layer: int, training: str, means=means, names=names) -> str:
-            mean = means.get((point, layer, training))
-            width = half.get((names[training], point, layer))
-            return "" if mean is None else f"{mean:.3f}" + ("" if width is None else f" ±{width:.3f}")
 
-        # Checkpoints inside a task, by their steps, then the network after it.
-        points = sorted(rows["point"].unique(), key=lambda point: (point[0], point[1] == AFTER, point[1]))
-        body = [[cell(point, x, t) for x in layers for t in trainings] for point in points]
-        width = max(
-            *(len(text) + 2 for line in body for text in line), *(len(t) + 2 for t in trainings),
-            *(-(-(len(t) + 2) // len(trainings)) for t in titles),
-        )  # fmt: skip
-        blocks.append(
-            f"{pair}: D_loc in patches, mean over heads and {first['images']} images"
-            + (", ± half a 95 % interval over images" if half else "")
-            + (f"; {', '.join(trainings)}" if trainings != ["model"] else "")
-        )
-        margin = 8 if (rows["at_step"] == AFTER).all() else 12
-        blocks.append(f"{'task':>{margin}}" + "".join(f"{title:>{width * len(trainings)}}" for title in titles))
-        if len(trainings) > 1:
-            blocks.append(" " * margin + "".join(f"{t:>{width}}" for t in trainings) * len(layers))
-        for (task, at_step), line in zip(points, body, strict=True):
-            label = f"step {at_step}" if at_step != AFTER else "init" if task == INITIAL else f"{task}"
-            blocks.append(f"{label:>{margin}}" + "".join(f"{text:>{width}}" for text in line))
-        uniform = rows.drop_duplicates("layer").set_index("layer")["d_uniform"]
-        blocks.append(
-            f"{'uniform':>{margin}}" + "".join(f"{uniform[x]:>{width}.3f}" * len(trainings) for x in layers) + "\n"
-        )
-    if sure is not None:
-        blocks += _seed_lines(sure)
-    return "\n".join(blocks)
+def _pair_as_text(pair: str, rows: pd.DataFrame, half: dict[tuple, float]) -> str:
+    """A title and a table: a line per task, or per checkpoint inside one, a column per layer and training."""
+    runs = rows.drop_duplicates("training").set_index("training")["run"]
+    means = rows.groupby(["point", "layer", "training"])["d_loc"].mean()
+    trainings = [training for training in TRAININGS if training in set(rows["training"])]
+    layers = sorted(rows["layer"].unique())
+    first = rows.drop_duplicates("layer").set_index("layer")
+    # Checkpoints inside a task, by their steps, then the network after it.
+    points = sorted(rows["point"].unique(), key=lambda point: (point[0], point[1] == AFTER, point[1]))
+
+    def cell(point: tuple[int, int], layer: int, training: str) -> str:
+        mean, width = means.get((point, layer, training)), half.get((runs[training], point, layer))
+        return "" if mean is None else f"{mean:.3f}" + ("" if width is None else f" ±{width:.3f}")
+
+    def label(task: int, at_step: int) -> str:
+        return f"step {at_step}" if at_step != AFTER else "init" if task == INITIAL else f"{task}"
+
+    titles = {x: f"layer {x} {first['kind'][x]}" + ", window" * (first["extent"][x] == "window") for x in layers}
+    header = ["task", *(f"{titles[x]}\n{t}" if len(trainings) > 1 else titles[x] for x in layers for t in trainings)]
+    body = [[label(*point), *(cell(point, x, t) for x in layers for t in trainings)] for point in points]
+    uniform = ["uniform", *(f"{first['d_uniform'][x]:.3f}" for x in layers for _ in trainings)]
+    title = f"{pair}: D_loc in patches, mean over heads and {rows['images'].iloc[0]} images"
+    title += ", ± half a 95 % interval over images" if half else ""
+    title += f"; {', '.join(trainings)}" if trainings != ["model"] else ""
+    return text.block(title, text.table(header, [*body, uniform], left=0, together=len(trainings)))
 
 
 def _seed_lines(sure: pd.DataFrame) -> list[str]:

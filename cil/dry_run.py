@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from cil import checkpoint
+from cil import checkpoint, text
 from cil.augment import normalize
 from cil.checkpoint import RunDir
 from cil.data import Dataset
@@ -27,18 +27,19 @@ class Stopwatch:
     """Times work, and tells by how much more time it took than the processor was given to it."""
 
     def __init__(self) -> None:
-        self.wall, self.cpu = 0.0, 0.0
+        self.wall, self.cpu = 0.0, 0.0  # of the fastest turns of all work
 
     def fastest(self, work: Callable[[], object]) -> float:
         """Seconds of the fastest of a few turns: what disturbs a turn makes it slower, never faster."""
         work()
-        taken = []
-        while len(taken) < MEASURED_STEPS and (sum(taken) < ENOUGH or not taken):
+        turns = []
+        while len(turns) < MEASURED_STEPS and (sum(wall for wall, _ in turns) < ENOUGH or not turns):
             wall, cpu = time.perf_counter(), time.thread_time()
             work()
-            taken.append(time.perf_counter() - wall)
-            self.wall, self.cpu = self.wall + taken[-1], self.cpu + time.thread_time() - cpu
-        return min(taken)
+            turns.append((time.perf_counter() - wall, time.thread_time() - cpu))
+        wall, cpu = (min(taken) for taken in zip(*turns, strict=True))
+        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
+        return wall
 
     @property
     def slowdown(self) -> float:
@@ -52,40 +53,45 @@ def describe_plan(run: Run, device: str = "cpu", echo: Callable[[str], None] = p
     directory = checkpoint.describe("run", run, dataset)
     dataset = in_class_order(dataset, directory)
     phases = plan(directory, dataset)
-    lines = [
-        f"{'task':>4} {'classes':>7} {'phase':>8} {'images':>7} {'epochs':>6} {'steps':>8} {'learning rate':>18} "
-        f"{'exemplars a class':>18}"
-    ]
+    header = ["task", "classes", "phase", "images", "epochs", "steps", "learning rate", "exemplars\nper class"]
+    rows = []
     for phase in phases:
         seen = len(directory.scenario[: phase.task + 1].labels)
         rates = [learning_rate(run, phase, epoch) for epoch in range(phase.epochs)] or [0.0]
-        lines.append(
-            f"{phase.task:>4} {seen:>7} {phase.name:>8} {phase.images:>7} {phase.epochs:>6} "
-            f"{phase.steps * phase.epochs:>8} {max(rates):>8.1e}, {rates[-1]:.1e} {exemplars_in(directory, phase):>18}"
+        counts = (phase.images, phase.epochs, phase.steps * phase.epochs)
+        rates_words = f"{max(rates):.1e}, {rates[-1]:.1e}"
+        rows.append(
+            [f"{phase.task}", f"{seen}", phase.name, *map(str, counts), rates_words, exemplars_in(directory, phase)]
         )
     images = sum(phase.images_drawn for phase in phases)
     parameters = sum(p.numel() for p in directory.grown_model(directory.planned_tasks[-1]).parameters())
     incremental = run.training == "incremental"
     kept = run.memories * memory_size(directory, dataset, len(directory.scenario) - 1) if incremental else 0
-    lines += [
+    lines = [
         f"{total_steps(phases)} steps at batch {run.batch_size}, {images} images; {kept} exemplars at the end, "
         f"memory {run.memory_mode}; {parameters} parameters",
         f"{run.training} training on {run.dataset}, {run.scenario}, {len(directory.class_order)} classes",
         f"disk: {directory.size_on_disk() / 1e6:.1f} MB at its largest",
     ]
-    echo("\n".join(lines))
-    watch = Stopwatch()
+    echo("\n".join([text.table(header, rows, left=0), *map(text.prose, lines)]))
+    watch, threads = Stopwatch(), torch.get_num_threads()
     seconds = estimate(directory, dataset, phases, device, watch)
-    threads = torch.get_num_threads()
-    echo(
-        f"estimated time: {duration(seconds)} on {device} with {threads} thread{'s' * (threads > 1)}, "
-        "from the fastest of a few steps of each kind"
-    )
+    words = f"estimated time: {duration(seconds)} on {device} with {threads} thread{'s' * (threads > 1)}"
+    echo(text.prose(f"{words}, from the fastest of a few steps of each kind"))
     if watch.slowdown > BUSY:
-        echo(
-            f"this machine is busy: the steps took {watch.slowdown:.1f} times their CPU time; left alone, it would need about "
-            f"{duration(seconds / watch.slowdown)}"
-        )
+        alone = seconds_of_one_core(directory, dataset, phases, device)
+        words = f"this machine is busy: the steps took {watch.slowdown:.1f} times their CPU time"
+        echo(text.prose(f"{words}; on one core of its own, with --threads 1, it would need about {duration(alone)}"))
+
+
+def seconds_of_one_core(directory: RunDir, dataset: Dataset, phases: list[Phase], device: str) -> float:
+    """The CPU time that the run needs with one thread: what other work there is does not change it much."""
+    threads, watch = torch.get_num_threads(), Stopwatch()
+    torch.set_num_threads(1)
+    try:
+        return estimate(directory, dataset, phases, device, watch) / watch.slowdown
+    finally:
+        torch.set_num_threads(threads)
 
 
 def exemplars_in(directory: RunDir, phase: Phase) -> str:

@@ -120,9 +120,9 @@ def test_dry_run_tells_tasks_memory_rates_time_and_disk(toy):
         " MB at its largest" in table and "estimated time" not in table
     )  # the table comes before anything is measured
     assert estimate.startswith("estimated time: ")
-    text = table
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[3] == ["1", "4", "finetune", "20", "2", "2", "2.0e-04,", "2.0e-04", "5", "of", "4"]
+    lines = [line.split() for line in table.splitlines()]
+    text = " ".join(table.split())
+    assert lines[4] == ["1", "4", "finetune", "20", "2", "2", "2.0e-04,", "2.0e-04", "5", "of", "4"]
     assert "14 steps at batch 16, 224 images; 18 exemplars at the end, memory shared" in text
     joint = told(toy.joint())[0]
     assert "finetune" not in joint and "0 exemplars" in joint
@@ -158,9 +158,9 @@ def test_duration(seconds, words):
 
 
 def test_stopwatch_takes_the_fastest_turn_and_sees_who_waits():
-    watch, turns = dry_run.Stopwatch(), iter([0.0, 0.05, 0.0, 0.05, 0.05, 0.05])
+    watch, turns = dry_run.Stopwatch(), iter([0.0, 0.09, 0.02, 0.09, 0.09, 0.09])
     fastest = watch.fastest(lambda: time.sleep(next(turns)))
-    assert fastest < 0.04 and watch.slowdown > 3  # asleep, it is given no CPU time: as where others are in the way
+    assert fastest < 0.08 and watch.slowdown > 3  # asleep, it is given no CPU time: as where others are in the way
     busy, end = dry_run.Stopwatch(), []
 
     def compute():
@@ -168,7 +168,7 @@ def test_stopwatch_takes_the_fastest_turn_and_sees_who_waits():
         while time.thread_time() < end[-1]:
             pass
 
-    assert busy.fastest(compute) >= 0.02 and busy.cpu == pytest.approx(0.1, rel=0.2)
+    assert busy.fastest(compute) >= 0.02 and busy.cpu == pytest.approx(0.02, rel=0.2)
 
 
 def test_dry_run_says_when_the_machine_is_busy(toy, monkeypatch):
@@ -177,4 +177,5 @@ def test_dry_run_says_when_the_machine_is_busy(toy, monkeypatch):
     for slowdown, said in ((1.1, 2), (2.0, 3)):
         monkeypatch.setattr(dry_run.Stopwatch, "slowdown", slowdown)
         assert len(told(toy)) == said
-    assert "2.0 times their CPU time" in told(toy)[2] and "112 seconds" in told(toy)[2]
+    words = " ".join(told(toy)[2].split())
+    assert "2.0 times their CPU time" in words and "112 seconds" in words

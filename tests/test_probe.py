@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from cil.foreign import read
 from cil.models import IncrementalViT
 from locality_probe import LocalityLog, Probe
-from locality_probe import record as record_module
 from locality_probe.measures import MEASURES, distances, positions
+from locality_probe.record import maps as record_module
 from locality_probe.record import record
 from locality_probe.tables import HISTORY, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cil.models import IncrementalViT
-from locality_probe import record as module
 from locality_probe.measures import nonlocality, uniform_nonlocality
 from locality_probe.record import Layer, Recorded, fused_map, record
+from locality_probe.record import maps as module
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 CHANGED = "its softmax does not meet the values as it is"

@@ -16,7 +16,7 @@ import torchvision
 from conftest import TOY, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_record import BATCH, FUSED, Mixer, Tokens, images, maps, sharpen, vit
+from networks import BATCH, FUSED, Mixer, Tokens, images, maps, sharpen, vit
 from torch import Tensor, nn
 
 from cil.foreign import read

@@ -7,7 +7,7 @@ __all__ = ["LocalityLog", "Probe"]
 def __getattr__(name: str) -> object:
     """Probe and LocalityLog, loaded when asked for: `locality-probe --help` must not wait for torch."""
     if name in __all__:
-        from locality_probe import probe
+        from locality_probe import log, probe
 
-        return getattr(probe, name)
+        return getattr(probe if name == "Probe" else log, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -130,8 +130,8 @@ none is missing.
 {counts["families"]} families with {counts["layers"]} attention layers: {counts["ok"]} measured over the whole image or
 sequence, {counts["window"]} inside their windows, {counts["skipped"]} skipped.
 
-`+ n` are prefix tokens (class, distillation, registers). How: *fused* is `scaled_dot_product_attention`, *multihead*
-`nn.MultiheadAttention`, *written out* a softmax that is multiplied with the values, *asked* a layer that gives its map.
+`+ n` are prefix tokens (class, distillation, registers). How: *sdpa* is `scaled_dot_product_attention`, *multihead*
+`nn.MultiheadAttention`, *eager* a softmax that is multiplied with the values, *asked* a layer that gives its map.
 
 | library | family | model | measured | grids | how | skipped |
 |---|---|---|---|---|---|---|

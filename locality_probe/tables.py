@@ -232,13 +232,14 @@ LAYERS = Table(
     "layers",
     keys=_MODEL | _AT_STEP,
     added={"at_step": AFTER},
+    renamed={"how": {"fused": "sdpa", "written out": "eager"}},
     values={
         "name": ("str", "module path in the model"),
         "kind": ("str", "class of the attention layer"),
         "how": (
             "str",
-            "fused: scaled_dot_product_attention | multihead: nn.MultiheadAttention | written out: softmax and a "
-            "product | asked: the layer gives its map; empty if skipped",
+            "sdpa: F.scaled_dot_product_attention | eager: a softmax and its product with the values | "
+            "multihead: nn.MultiheadAttention | asked: the layer gives its map; empty if skipped",
         ),
         "num_heads": ("int64", "0 where the layer was not seen"),
         "grid_rows": ("int64", "patches; 1 for a sequence"),

@@ -90,7 +90,7 @@ def test_fused_and_unfused_agree_on_every_measured_layer(name):
             probe.update(x)
         found.append(probe.result())
     hows = [{layer.how for layer in result.layers if layer.status == "ok"} for result in found]
-    assert "fused" in hows[0] and "fused" not in hows[1]
+    assert "sdpa" in hows[0] and "sdpa" not in hows[1]
     for layer, fused, written in zip(found[0].layers, found[0].values, found[1].values, strict=True):
         assert bool(fused) == (layer.status == "ok")
         for measure in MEASURES if fused else ():

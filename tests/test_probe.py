@@ -217,7 +217,7 @@ def test_convits_prefix_joins_late_and_its_gate_is_shown():
     model.eval()
     found = probed(model, images(2))
     assert [(layer.kind, layer.num_prefix_tokens, layer.how) for layer in found.layers] == [
-        ("GPSA", 0, "asked"), ("GPSA", 0, "asked"), ("MHSA", 1, "written out"),
+        ("GPSA", 0, "asked"), ("GPSA", 0, "asked"), ("MHSA", 1, "eager"),
     ]  # fmt: skip
     with torch.no_grad():
         tokens = model.pos_drop(model.patch_embed(images(2)) + model.pos_embed)

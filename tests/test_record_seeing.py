@@ -34,7 +34,7 @@ def test_users_own_attention(case, monkeypatch):
     model = Tokens(mixer).eval()
     (item,) = record(model, images(BATCH, 8, 8), maps)
     name, kind = ("mixer.attend", "AttendModule") if isinstance(mixer.attend, nn.Module) else ("mixer", "Mixer")
-    how = "fused" if case in FUSED else "written out"
+    how = "sdpa" if case in FUSED else "eager"
     assert item.layer == Layer(0, name, kind, 2, 4, (2, 2), 0, how=how, causal=case in ("causal", "all positional"))
 
     with torch.no_grad():

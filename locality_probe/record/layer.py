@@ -26,7 +26,8 @@ class AttentionLayer(Protocol):
 class Layer:
     """One attention layer of a model and what became of it: `status` is ok, or skipped with a `reason`.
 
-    how: asked (by attention_map) | fused (scaled_dot_product_attention) | multihead (nn.MultiheadAttention) | written out
+    how: sdpa (F.scaled_dot_product_attention) | eager (a softmax times the values) | multihead (nn.MultiheadAttention) |
+    asked (by attention_map)
     extent: grid, of the whole image, or window: the grid is that of one window, and maps are [B * windows, H, Q, K]
     """
 

@@ -93,7 +93,7 @@ class Watch(TorchFunctionMode):
             given = inspect.signature(Scores).bind(*args, **kwargs).arguments
             tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
             scores = Scores(**given | {name: self._batched(x) for name, x in tensors.items()})
-            self._see_unasked(self.running[-1], scores, "fused")
+            self._see_unasked(self.running[-1], scores, "sdpa")
             return func(*args, **kwargs) if scores.out is None else scores.out.reshape(*given["query"].shape[:-1], -1)
         result = func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -112,7 +112,7 @@ class Watch(TorchFunctionMode):
             if multiplies(func, args, kwargs, attention):
                 del self.softmaxed[place]
                 a = self._batched(attention) if owner is self.running[-1] else attention
-                self._see_unasked(owner, Maps(lambda rows, a=a: wide(a[rows]), a.shape), "written out")
+                self._see_unasked(owner, Maps(lambda rows, a=a: wide(a[rows]), a.shape), "eager")
                 return
 
     def _see_multihead(self, func, given: dict) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from cil import checkpoint
 from locality_probe.probe import NO_PATCHES
 from locality_probe.record import Layer, watching
-from locality_probe.subject import Subject, from_file, from_model_option, from_run
+from locality_probe.subject import LIBRARIES, Subject, forms, from_file, from_model_option, from_run
 
 BATCH = 2  # of one image alone, windows could not be told from images
 
@@ -39,10 +39,8 @@ def find(model: str, weights: Path | None = None, pretrained: bool = False) -> S
         if directory and not directory.tasks:
             raise ValueError(f"{model} has no finished task yet")
         return from_run(directory, directory.tasks[-1]) if directory else from_file(path)
-    if model.partition("/")[0] not in ("timm", "torchvision", "hf"):
-        raise ValueError(
-            f"no model {model!r}: give a run directory, a weights file, timm/NAME, torchvision/NAME or hf/FOLDER"
-        )
+    if model.partition("/")[0] not in LIBRARIES:
+        raise ValueError(f"no model {model!r}: give a run directory, a weights file, {forms()}")
     return from_model_option(model, weights, pretrained, warn=lambda sentence: None)
 
 

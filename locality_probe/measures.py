@@ -149,7 +149,7 @@ def check_measures(wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def measure(
+def measure_attention(
     attention: Tensor, grid: tuple[int, ...], num_prefix_tokens: int = 0, wanted: tuple[str, ...] = MEASURES
 ) -> dict[str, Tensor]:
     """The measures of each image and head, over patch-to-patch attention: each [B, H], float64.
@@ -179,6 +179,6 @@ def measure(
 
 
 def nonlocality(attention: Tensor, grid: tuple[int, ...], num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """d_loc and prefix_mass of `measure`: two of [B, H], float64."""
-    found = measure(attention, grid, num_prefix_tokens, ("d_loc", "prefix_mass"))
+    """d_loc and prefix_mass of `measure_attention`: two of [B, H], float64."""
+    found = measure_attention(attention, grid, num_prefix_tokens, ("d_loc", "prefix_mass"))
     return found["d_loc"], found["prefix_mass"]

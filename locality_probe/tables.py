@@ -24,7 +24,7 @@ def after_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["at_step"] == AFTER] if "at_step" in frame else frame
 
 
-_SHARES = {  # of locality_probe.measures.measure, which has the equations; empty where a measure was not asked for
+_SHARES = {  # of locality_probe.measures.measure_attention, which has the equations; empty where a measure was not asked for
     "rms_distance": ("float64", "root mean square of the attended distance, patches"),
     "prefix_mass": ("float64", "attention of patches on class, register and distillation tokens, 0 to 1"),
     "entropy": ("float64", "of a patch's attention over patches, over that of uniform attention, 0 to 1"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -38,9 +40,9 @@ TIMM = {
     "ViTamin": "vitamin_small_224", "Visformer": "visformer_tiny", "VOLO": "volo_d1_224", "XCiT": "xcit_nano_12_p16_224",
 }  # fmt: skip
 TORCHVISION = {"ViT": "vit_b_16", "Swin": "swin_t", "Swin V2": "swin_v2_t", "MaxViT": "maxvit_t"}
-_TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+_TINY: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
 _IMAGE = _TINY | {"image_size": 64, "patch_size": 16}
-HF = {  # name of the configuration and model in transformers -> settings of a small one
+HF: dict[str, dict[str, Any]] = {  # name of the configuration and model in transformers -> settings of a small one
     "ViT": _IMAGE, "DeiT": _IMAGE, "Dinov2": _IMAGE | {"patch_size": 14, "image_size": 70},
     "Dinov2WithRegisters": _IMAGE | {"patch_size": 14, "image_size": 70}, "DINOv3ViT": _IMAGE, "Beit": _IMAGE,
     "CLIPVision": _IMAGE, "SiglipVision": _IMAGE, "ViTMSN": _IMAGE, "Data2VecVision": _IMAGE,
@@ -65,16 +67,13 @@ def families() -> Iterator[tuple[str, str, str, Callable[[], list[Layer]]]]:
         return examine(model, torch.randn(BATCH, *size))
 
     for family, name in TIMM.items():
-        yield "timm", family, name, lambda name=name: timm_layers(name)
+        yield "timm", family, name, functools.partial(timm_layers, name)
+
+    def torchvision_layers(name: str) -> list[Layer]:
+        return examine(torchvision.models.get_model(name, num_classes=3), torch.randn(BATCH, 3, 224, 224))
+
     for family, name in TORCHVISION.items():
-        yield (
-            "torchvision",
-            family,
-            name,
-            lambda name=name: examine(
-                torchvision.models.get_model(name, num_classes=3), torch.randn(BATCH, 3, 224, 224)
-            ),
-        )
+        yield "torchvision", family, name, functools.partial(torchvision_layers, name)
     with contextlib.suppress(ImportError):
         import transformers
 
@@ -87,7 +86,7 @@ def families() -> Iterator[tuple[str, str, str, Callable[[], list[Layer]]]]:
             return examine(model, torch.randn(BATCH, 3, *([size] * 2 if isinstance(size, int) else size)))
 
         for name, settings in HF.items():
-            yield "transformers", name, f"{name}Model", lambda name=name, s=settings: hf_layers(name, s)
+            yield "transformers", name, f"{name}Model", functools.partial(hf_layers, name, settings)
 
 
 def support_matrix(report: Callable[[str], None] = lambda family: None) -> str:

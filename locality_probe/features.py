@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ def features(model: Incremental, images: Tensor) -> dict[str, Tensor]:
     head is fed; "tokens": where there is a token a task, all of them side by side, which is what herding compares.
     The model comes back as it was. Raises ValueError for a network without a list of blocks.
     """
-    body = getattr(model, "backbone", model)
+    body: Any = getattr(model, "backbone", model)
     if not isinstance(getattr(body, "blocks", None), (nn.ModuleList, nn.Sequential)):
         raise ValueError(f"{type(body).__name__} has no list of blocks between which its tokens could be read")
-    prefix, found, handles = getattr(body, "num_prefix_tokens", 0), {}, []
+    found: dict[str, Tensor] = {}
+    prefix, handles = getattr(body, "num_prefix_tokens", 0), []
     try:
         for index, block in enumerate(body.blocks):
 
@@ -84,7 +86,7 @@ class RunData:
         """`features` of these images, a batch at a time, on the CPU."""
         model = subject.model.to(device)
         for batch in self.batches(split, indices, device):
-            yield {name: x.cpu() for name, x in features(model, batch.to(device)).items()}
+            yield {name: x.cpu() for name, x in features(cast(Incremental, model), batch.to(device)).items()}
             report(len(batch))
 
 

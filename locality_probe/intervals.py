@@ -153,7 +153,7 @@ def group_by_seed(runs: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]
     groups: dict[str, dict[int, str]] = {}
     for run, (settings, seed) in runs.items():
         groups.setdefault(settings, {}).setdefault(seed, run)
-    named = {}
+    named: dict[str, tuple[str, int]] = {}
     for by_seed in groups.values():
         if len(by_seed) > 1:
             seed, first = next(iter(by_seed.items()))

@@ -83,7 +83,7 @@ class Sums:
     # The sums of a row: over patches of A, A ||p_j - p_i||, A ||p_j - p_i||^2, A log A; A_ii; A on prefix tokens; then A p_j.
     MASS, DISTANCE, SQUARE, ENTROPY, SELF, PREFIX, PLACE = range(7)
 
-    def __init__(self, geometry: Geometry, shape: tuple[int, int], like: Tensor, wanted: tuple[str, ...] = MEASURES):
+    def __init__(self, geometry: Geometry, shape: tuple[int, ...], like: Tensor, wanted: tuple[str, ...] = MEASURES):
         self.geometry, self.wanted = geometry, check_measures(wanted)
         p = positions(geometry.grid)
         self.places = torch.nn.functional.pad(p - p.mean(0), (0, 0, geometry.num_prefix_tokens, 0)).to(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cil.tables import AFTER
 from locality_probe.measures import MEASURES, Geometry, Sums, check_measures
-from locality_probe.record import Layer, Maps, Recorded, watching
+from locality_probe.record import Layer, Maps, Recorded, Watch, watching
 from locality_probe.tables import LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 NO_PATCHES = "only class or task tokens are queries: there is no attention between patches"
@@ -99,7 +99,7 @@ class Probe:
         self.measures = check_measures(tuple(dict.fromkeys(("d_loc", *measures))))
         self._seen: list[list[Recorded]] = []
         self._stack = contextlib.ExitStack()
-        self._watch = None
+        self._watch: Watch | None = None
 
     def __enter__(self) -> Probe:
         watch = watching(self.model, self._read, self.grid, self.num_prefix_tokens)
@@ -130,6 +130,8 @@ class Probe:
     def _read(self, layer: Layer, maps: Maps) -> dict[str, Tensor]:
         if not layer.between_patches:
             return {}
+        assert self._watch is not None  # it is what calls this
+        batch = self._watch.batch
         geometry = Geometry(layer.grid, layer.num_prefix_tokens)
         sums: list[Sums] = []
 
@@ -140,7 +142,7 @@ class Probe:
 
         maps.visit(add)
         # The windows of an image follow each other: an image is the mean of its windows.
-        return {name: v.unflatten(0, (self._watch.batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
+        return {name: v.unflatten(0, (batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
 
     def result(self) -> Measurement:
         """Everything seen so far. Raises ValueError where that is nothing."""

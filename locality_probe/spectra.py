@@ -86,8 +86,8 @@ def marchenko_pastur_edge(variance: float, n: int, d: int) -> float:
     return variance * (1 + (d / n) ** 0.5) ** 2
 
 
-def summarise(covariance: Covariance) -> dict[str, float]:
-    """The value columns of SPECTRUM_SUMMARY that are numbers of a spectrum."""
+def summarise(covariance: Covariance) -> dict[str, float | str]:
+    """The value columns of SPECTRUM_SUMMARY that describe a spectrum."""
     eigenvalues = covariance.eigenvalues()
     n, d, trace = covariance.n, len(eigenvalues), eigenvalues.sum().item()
     first, last = slope_window(d)
@@ -130,7 +130,8 @@ def measure(
             for task in of_batch.unique().tolist():
                 parts[task] = parts[task].update(features[of_batch == task])
     key = {"run": subject.run, "task": subject.task}
-    values, rows, few = [], [], {}
+    values, rows = [], []
+    few: dict[str, tuple[int, int]] = {}
     for layer, parts in found.items():
         for group, of in groups(subject.task, number).items():
             whole = sum((parts[task] for task in of), Covariance())
@@ -195,7 +196,8 @@ def spectra(
             raise ValueError(f"n={n}, but there are {len(indices)} test images of the run's classes")
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
     labels = first.dataset.test.labels[indices]
-    tables, few = [], {}
+    tables = []
+    few: dict[str, tuple[int, int]] = {}
     for directory in directories:
         run_data = RunData(directory, first.dataset)
         for task in [INITIAL, *(t for t in directory.tasks if not tasks or t in tasks)]:

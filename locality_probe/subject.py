@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -125,7 +126,7 @@ def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -
     if not pretrained and not (folder / "config.json").is_file():
         raise ValueError(f"{place} is no folder with a config.json; --pretrained fetches hf/{place} from the hub")
     transformers.utils.logging.set_verbosity_error()
-    model = fetched(
+    model: Any = fetched(
         place, lambda: transformers.AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
     )
     model = getattr(model, "vision_model", model).eval()

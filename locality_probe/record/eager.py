@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from locality_probe.record.maps import Maps, wide
+
 SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax}
 CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.bmm, torch.Tensor.bmm}
+
+
+def eager_maps(attention: Tensor) -> Maps:
+    """The maps of a softmax that the layer has computed, [B, H, Q, K]."""
+    return Maps(lambda rows: wide(attention[rows]), attention.shape)
 
 
 def argument(args: tuple, kwargs: dict, place: int, name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ NOT_BETWEEN_PATCHES = {  # by what is in the name of the class, where no shape c
     "channel": "it attends between channels",
     "maskunit": "its tokens are ordered by mask units, not by rows of the grid",
 }
+
+
+Place = tuple[tuple[int, ...], int, str]  # grid, prefix tokens, extent
 
 
 class Places:
@@ -30,14 +34,13 @@ class Places:
     def observe(self, output: object) -> None:
         """What a module returned: a feature map [B, H, W, C] or [B, C, H, W] tells how many patches there are by then."""
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == self.batch:
-            for shape in (tuple(output.shape[1:3]), tuple(output.shape[2:])):  # channels last, channels first
+            _, first, second, third = output.shape
+            for shape in ((first, second), (second, third)):  # channels last, channels first
                 if min(shape) > 1:
                     self.shapes.pop(shape, None)
                     self.shapes[shape] = None  # the newest is last
 
-    def of(
-        self, running: list[nn.Module], batch: int, queries: int, keys: int
-    ) -> tuple[tuple[int, ...], int, str] | str:
+    def of(self, running: list[nn.Module], batch: int, queries: int, keys: int) -> Place | str:
         """(grid, prefix tokens, extent) of a layer that does not say so itself, or why that cannot be told."""
         if batch != self.batch:
             window = self._window(running) if batch % self.batch == 0 and queries == keys else None
@@ -78,7 +81,7 @@ class Places:
         )
 
     def _declared_grid(self) -> tuple[int, int] | None:
-        embed = getattr(self.model, "patch_embed", None)
+        embed: Any = getattr(self.model, "patch_embed", None)
         patch, size = getattr(embed, "patch_size", None), tuple(self.inputs.shape[-2:])
         if self.inputs.ndim != 4:
             return None

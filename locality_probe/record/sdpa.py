@@ -14,7 +14,10 @@ from locality_probe.record.maps import Maps, Visitor, rows_of_block, slices, wid
 class Scores(Maps):
     """The attention that F.scaled_dot_product_attention(query, key, value, ...) applies; scores are float32 at least."""
 
-    def __init__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **_):
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, *, scale: float | None = None, **_: object,
+    ):  # fmt: skip
         self.query, self.key, self.value = query, key, value
         self.mask, self.causal = attn_mask, is_causal
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -43,8 +46,9 @@ class Scores(Maps):
         )  # heads in equal parts, or whole images
         scratch = self.query.new_empty(min(at_once, batch * heads) * area, dtype=dtype)
         mask = None if self.mask is None else self.mask.expand(self.shape)
+        out = None
         if self.replaces:  # laid out as models want it next: heads side by side
-            self.out = self.value.new_empty(batch, queries, heads, self.value.shape[-1]).transpose(1, 2)
+            out = self.out = self.value.new_empty(batch, queries, heads, self.value.shape[-1]).transpose(1, 2)
         for images in slices(batch, together):
             q, k, v = (self._of(x, images, dtype) for x in (self.query, self.key, self.value))
             q, k = q * self.scale, k.mT.contiguous()
@@ -55,8 +59,8 @@ class Scores(Maps):
                     torch.bmm(q[:, these, some].flatten(0, 1), k[:, these].flatten(0, 1), out=a)
                     block = a.view(b, h, n, keys)
                     _softmax(block, None if mask is None else mask[images, these, some], self.causal * (some.start + 1))
-                    if self.replaces:
-                        self.out[images, these, some] = torch.bmm(a, v[:, these].flatten(0, 1)).view(b, h, n, -1)
+                    if out is not None:
+                        out[images, these, some] = torch.bmm(a, v[:, these].flatten(0, 1)).view(b, h, n, -1)
                     visitor(block, images, these, some.start)
 
     def _of(self, x: Tensor, images: slice, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from locality_probe.record.asked import ASKED_AFTER, asked_after_maps, asked_maps, offers_map
-from locality_probe.record.eager import CASTS, PRODUCTS, SOFTMAX, is_over_keys, multiplies
-from locality_probe.record.layer import Layer, Recorded
-from locality_probe.record.maps import Maps, Reader, wide
+from locality_probe.record.eager import CASTS, PRODUCTS, SOFTMAX, eager_maps, is_over_keys, multiplies
+from locality_probe.record.layer import AttentionLayer, Layer, Recorded
+from locality_probe.record.maps import Maps, Reader
 from locality_probe.record.multihead import multihead_maps
-from locality_probe.record.places import NOT_BETWEEN_PATCHES, Places, misfit
+from locality_probe.record.places import NOT_BETWEEN_PATCHES, Place, Places, misfit
 from locality_probe.record.sdpa import Scores, is_causal_map
 
 
@@ -65,9 +66,9 @@ class Watch(TorchFunctionMode):
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
         self.running.append(module)
         if module in self.asked:
-            maps = asked_maps(module, inputs)
-            place = tuple(module.grid), module.num_prefix_tokens, "grid"
-            self._see(module, maps, "asked", place)
+            layer = cast(AttentionLayer, module)
+            place = tuple(layer.grid), layer.num_prefix_tokens, "grid"
+            self._see(module, asked_maps(layer, inputs), "asked", place)
 
     def _leave(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if module in self.asked_after and module not in self.seen:
@@ -112,7 +113,7 @@ class Watch(TorchFunctionMode):
             if multiplies(func, args, kwargs, attention):
                 del self.softmaxed[place]
                 a = self._batched(attention) if owner is self.running[-1] else attention
-                self._see_unasked(owner, Maps(lambda rows, a=a: wide(a[rows]), a.shape), "eager")
+                self._see_unasked(owner, eager_maps(a), "eager")
                 return
 
     def _see_multihead(self, func, given: dict) -> None:
@@ -140,14 +141,14 @@ class Watch(TorchFunctionMode):
             return x.unflatten(0, (-1, heads))
         return x.flatten(0, 1) if x.ndim == 5 and getattr(self.running[-1], "ws", None) else x
 
-    def _see(self, module: nn.Module, maps: Maps, how: str, place: tuple | None = None) -> None:
+    def _see(self, module: nn.Module, maps: Maps, how: str, place: Place | None = None) -> None:
         batch, heads, queries, keys = maps.shape
         if module in self.seen:
             return self._skip(module, "it attends more than once in a forward pass")
-        place = place or self.places.of(self.running, batch, queries, keys)
-        if isinstance(place, str):
-            return self._skip(module, place)
-        grid, prefix, extent = place
+        found = place or self.places.of(self.running, batch, queries, keys)
+        if isinstance(found, str):
+            return self._skip(module, found)
+        grid, prefix, extent = found
         layer = Layer(
             -1, self.names[module], type(module).__name__, heads, queries, grid, prefix, how=how, extent=extent
         )

@@ -13,7 +13,7 @@ from locality_probe.probe import NO_PATCHES
 from locality_probe.record import Layer, watching
 from locality_probe.subject import LIBRARIES, Subject, forms, from_file, from_model_option, from_run
 
-BATCH = 2  # of one image alone, windows could not be told from images
+BATCH = 2  # with one image alone, windows could not be told from images
 
 
 def examine(
@@ -54,7 +54,7 @@ def examine_subject(
 
 
 def format_layers(layers: list[Layer]) -> str:
-    """A line a layer, and how many can be measured."""
+    """One line per layer, then how many of them can be measured."""
     rows = [("layer", "name", "kind", "how", "heads", "grid", "prefix", "status")]
     for x in layers:
         seen = x.status == "ok" or x.reason == NO_PATCHES

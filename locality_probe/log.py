@@ -19,8 +19,9 @@ class LocalityLog:
             train(...)
             log(model, epoch)
 
-    Each call renews the CSV (columns: locality_probe.tables.HISTORY); a log that is made again with the same file goes on
-    with it, and epochs that are trained again replace their rows. tensorboard: a folder for the same as scalars.
+    Each call rewrites the CSV (columns: locality_probe.tables.HISTORY). A log made for a file that exists continues it, and
+    epochs that are trained again replace their rows. tensorboard: a folder to which the same is written as scalars. Raises
+    ValueError where the package tensorboard is missing.
     """
 
     def __init__(

@@ -180,5 +180,5 @@ def measure_attention(
 
 def nonlocality(attention: Tensor, grid: tuple[int, ...], num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """d_loc and prefix_mass of `measure_attention`: two of [B, H], float64."""
-    found = measure_attention(attention, grid, num_prefix_tokens, ("d_loc", "prefix_mass"))
-    return found["d_loc"], found["prefix_mass"]
+    values = measure_attention(attention, grid, num_prefix_tokens, ("d_loc", "prefix_mass"))
+    return values["d_loc"], values["prefix_mass"]

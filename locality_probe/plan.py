@@ -50,10 +50,10 @@ def make_plan(
         wanted = tasks if directory.path in asked else [t for t in tasks if t in directory.tasks]
         subjects += subjects_of([directory], wanted) if wanted or not tasks else []
     subjects += [functools.partial(from_file, path) for path in files]
-    own = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
+    runs_of_files = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
     others = [(p.stem, p) for p in files if not is_task_of_run(p)]
-    _refuse_equal_names([(d.name, d.path) for d in (*directories, *own.values())] + others)
-    runs = directories or list(own.values())
+    _refuse_equal_names([(d.name, d.path) for d in (*directories, *runs_of_files.values())] + others)
+    runs = directories or list(runs_of_files.values())
     classes = None
     if images in (None, "dataset"):
         if not runs:
@@ -80,22 +80,22 @@ def with_twins(directories: list[RunDir], warn: Callable[[str], None] = lambda s
 
     A joint run's `twin_of` comes back as the incremental run among them that it really is the twin of, or None.
     """
-    found = {d.path.resolve(): d for d in directories}
+    by_path = {d.path.resolve(): d for d in directories}
     for directory in directories:
         twin = directory.path.resolve().parent / (directory.joint_twin or "")
-        if directory.joint_twin and twin not in found and (twin / "run.json").is_file():
+        if directory.joint_twin and twin not in by_path and (twin / "run.json").is_file():
             other = checkpoint.open_run(twin)
             if not other.run.is_twin_of(directory.run):
                 warn(f"{twin.name} is left out: its settings are not those of {directory.name}")
             elif other.tasks:
-                found[twin] = other
+                by_path[twin] = other
 
     def paired(joint: RunDir) -> RunDir:
         partners = [d for d in directories if d.run.training == "incremental" and d.run.is_twin_of(joint.run)]
         partners.sort(key=lambda d: d.joint_twin != joint.name)
         return replace(joint, twin_of=partners[0].name if partners else None)
 
-    return [d if d.run.training == "incremental" else paired(d) for d in found.values()]
+    return [d if d.run.training == "incremental" else paired(d) for d in by_path.values()]
 
 
 def runs_of(paths: list[str], tasks: list[int], warn: Callable[[str], None]) -> list[RunDir]:

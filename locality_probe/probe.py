@@ -19,7 +19,7 @@ NO_PATCHES = "only class or task tokens are queries: there is no attention betwe
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a Probe has seen: `layers` in their order, `values` [images, H] float64 by measure, `parameters` [H] by name."""
+    """What a Probe has measured: `layers` in their order, `values` [images, H] float64 by measure, `parameters` [H] by name."""
 
     layers: list[Layer]
     values: list[dict[str, Tensor]]
@@ -28,7 +28,7 @@ class Measurement:
     def table(
         self, run: str = "model", task: int = 0, pair: str | None = None, training: str = "model", at_step: int = AFTER
     ) -> pd.DataFrame:
-        """A row a layer and head: the columns of locality_probe.tables.NONLOCALITY, which has their units."""
+        """One row per layer and head: the columns of locality_probe.tables.NONLOCALITY, which has their units."""
         rows = []
         for layer, values, parameters in zip(self.layers, self.values, self.parameters, strict=True):
             means = {name: value.mean(0) for name, value in values.items()}
@@ -49,7 +49,7 @@ class Measurement:
     def per_image(
         self, run: str = "model", task: int = 0, index: list[int] | None = None, at_step: int = AFTER
     ) -> pd.DataFrame:
-        """A row a layer, head and image: the columns of NONLOCALITY_IMAGES; index: of the images in their source."""
+        """One row per layer, head and image: the columns of NONLOCALITY_IMAGES. index: each image's place in its source."""
         parts = [
             pd.DataFrame(
                 {name: float("nan") for name in NONLOCALITY_IMAGES.columns}
@@ -64,7 +64,7 @@ class Measurement:
         return NONLOCALITY_IMAGES.check(pd.concat(parts, ignore_index=True) if parts else empty)
 
     def layer_table(self, run: str = "model", task: int = 0, at_step: int = AFTER) -> pd.DataFrame:
-        """A row an attention layer, measured or skipped with its reason: the columns of LAYERS."""
+        """One row per attention layer, measured or skipped with its reason: the columns of LAYERS."""
         rows = [
             {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "name": layer.name, "kind": layer.kind,
              "how": layer.how, "num_heads": layer.num_heads, "grid_rows": layer.grid[0] if len(layer.grid) == 2 else 1,
@@ -86,7 +86,8 @@ class Probe:
     grid: (rows, columns) of patches, or (N,) for a sequence of N, where the model does not tell; num_prefix_tokens:
     tokens in front of them. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc is always there.
     On leaving, also by an exception, the model is as it was: hooks, the training mode of each module, gradients.
-    Scores are float32 at least, whatever the model computes in; memory does not grow with layers, nor with N^2.
+    Scores are computed in float32 at least, whatever the model computes in. Memory grows neither with the number of layers
+    nor with N^2.
 
     Raises ValueError for a model with compiled parts, and (in update) for one without attention or inputs of another size.
     """
@@ -115,16 +116,17 @@ class Probe:
         if self._watch is None:
             raise ValueError("update a Probe inside `with Probe(model) as probe:`")
         output = self._watch.forward(*inputs, **named)
-        found = self._watch.result()
-        if self._seen and [r.layer for r in found] != [r.layer for r in self._seen[0]]:
+        recorded = self._watch.result()
+        if self._seen and [r.layer for r in recorded] != [r.layer for r in self._seen[0]]:
             changed = next(
-                (a.layer for a, b in zip(found, self._seen[0], strict=False) if a.layer != b.layer), found[0].layer
+                (a.layer for a, b in zip(recorded, self._seen[0], strict=False) if a.layer != b.layer),
+                recorded[0].layer,
             )
             raise ValueError(
                 f"layer {changed.index} ({changed.name}) is another than for the first images (grid {changed.grid}, "
                 f"{changed.status}); use a Probe for each image size"
             )
-        self._seen.append(found)
+        self._seen.append(recorded)
         return output
 
     def _read(self, layer: Layer, maps: Maps) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ class Probe:
         return {name: v.unflatten(0, (batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
 
     def result(self) -> Measurement:
-        """Everything seen so far. Raises ValueError where that is nothing."""
+        """The measurement of all images so far. Raises ValueError if there were none."""
         if not self._seen:
             raise ValueError("nothing was measured: call probe.update(images) first")
         layers, values, parameters = [], [], []
@@ -161,13 +163,16 @@ class Probe:
 
 @torch.no_grad()
 def locality_parameters(model: nn.Module, layer: Layer) -> dict[str, Tensor]:
-    """What a local layer has learned about its locality, each [H], where it has it.
+    """What a local layer has learned about its locality: {name: [H]} of the parameters below that the layer has.
 
     gate: share of positional attention in GPSA, sigmoid of its parameter (ConViT, eq. 7), 0 to 1; content_scale: LPA's
     lambda (arXiv 2304.06971, eq. 3).
     """
     module = getattr(model, "_orig_mod", model).get_submodule(layer.name)
     gate = getattr(module, "gate", getattr(module, "gating_param", None))
-    found = {"gate": None if gate is None else gate.sigmoid(), "content_scale": getattr(module, "content_scale", None)}
-    fitting = {name: v for name, v in found.items() if isinstance(v, Tensor) and v.numel() == layer.num_heads}
+    learned = {
+        "gate": None if gate is None else gate.sigmoid(),
+        "content_scale": getattr(module, "content_scale", None),
+    }
+    fitting = {name: v for name, v in learned.items() if isinstance(v, Tensor) and v.numel() == layer.num_heads}
     return {name: v.detach().double().flatten().cpu() for name, v in fitting.items()}

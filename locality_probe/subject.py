@@ -143,7 +143,7 @@ def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -
 
 
 def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """make(), where a model that cannot be fetched or read is a ValueError of one sentence."""
+    """Returns make(). Raises ValueError, in one sentence, for a model that cannot be fetched or read."""
     try:
         return make()
     except (OSError, RuntimeError, ValueError) as error:
@@ -160,7 +160,7 @@ class Library:
     trained: bool = False  # whether a model has its own weights also without a file and without `pretrained`
 
 
-LIBRARIES = {  # LIBRARY/NAME of the command line; a library more is a line more
+LIBRARIES = {  # LIBRARY/NAME on the command line; a new library is one line here
     "timm": Library(from_timm),
     "torchvision": Library(from_torchvision),
     "hf": Library(from_hf, "FOLDER", trained=True),

@@ -62,7 +62,7 @@ def watching(model: nn.Module, read: Reader, grid=None, num_prefix_tokens=None) 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; each module's own training mode comes back, for frozen parts differ from their parents."""
+    """The model in eval mode; afterwards each module has its own training mode again, for frozen parts differ from the rest."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

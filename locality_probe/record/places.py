@@ -65,9 +65,9 @@ class Places:
             for h, w in reversed(self.shapes)
             if 0 <= keys - h * w <= min(self.tokens, MAX_PREFIX)
         ]
-        allowed = [found for found in fitting if self.num_prefix_tokens in (None, found[0])]
+        allowed = [candidate for candidate in fitting if self.num_prefix_tokens in (None, candidate[0])]
         if allowed:
-            prefix, grid = min(allowed, key=lambda found: found[0])
+            prefix, grid = min(allowed, key=lambda candidate: candidate[0])
             return grid, prefix, "grid"
         window = self._window(running)
         if isinstance(window, tuple) and queries == keys == math.prod(

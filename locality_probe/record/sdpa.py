@@ -23,8 +23,8 @@ class Scores(Maps):
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.shape = (*query.shape[:-1], key.shape[-2])
         # Where attention is worked out anyway, in the model's own precision, the kernel need not run too.
-        own = query.dtype in (torch.float32, torch.float64) and query.device.type == "cpu" and dropout_p == 0
-        self.replaces = own and len(query) == len(value) and query.ndim == 4 and not torch.is_grad_enabled()
+        as_exact = query.dtype in (torch.float32, torch.float64) and query.device.type == "cpu" and dropout_p == 0
+        self.replaces = as_exact and len(query) == len(value) and query.ndim == 4 and not torch.is_grad_enabled()
         self.out: Tensor | None = None  # what the kernel would return, once `visit` has worked it out
 
     def part(self, images: slice) -> Tensor:

@@ -145,10 +145,10 @@ class Watch(TorchFunctionMode):
         batch, heads, queries, keys = maps.shape
         if module in self.seen:
             return self._skip(module, "it attends more than once in a forward pass")
-        found = place or self.places.of(self.running, batch, queries, keys)
-        if isinstance(found, str):
-            return self._skip(module, found)
-        grid, prefix, extent = found
+        place_or_reason = place or self.places.of(self.running, batch, queries, keys)
+        if isinstance(place_or_reason, str):
+            return self._skip(module, place_or_reason)
+        grid, prefix, extent = place_or_reason
         layer = Layer(
             -1, self.names[module], type(module).__name__, heads, queries, grid, prefix, how=how, extent=extent
         )

@@ -17,12 +17,14 @@ class Table:
     """A tidy table: `keys` name a row, `values` are measured for it. Both map a column to (dtype, unit and meaning).
 
     added: columns that tables of an earlier version lack -> what they then hold.
+    renamed: text column -> {its word in tables of an earlier version: the word now}.
     """
 
     name: str
     keys: dict[str, tuple[str, str]]
     values: dict[str, tuple[str, str]]
     added: dict[str, object] = field(default_factory=dict)
+    renamed: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, tuple[str, str]]:
@@ -30,7 +32,8 @@ class Table:
         return {**self.keys, **self.values}
 
     def check(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """`frame` with exactly the declared columns, in order and dtype; those of `added` are filled in where they lack.
+        """`frame` with exactly the declared columns, in order and dtype; what an earlier version wrote is brought up to date:
+        columns of `added` are filled in where they lack, words of `renamed` translated.
 
         Raises ValueError that names a missing or unknown column, a value of the wrong kind, or a repeated key.
         """
@@ -46,6 +49,8 @@ class Table:
                 frame[column] = frame[column].astype(dtype)
             except (ValueError, TypeError):
                 raise ValueError(f"table {self.name}: column {column} holds values that are not {dtype}") from None
+        for column, words in self.renamed.items():
+            frame[column] = frame[column].replace(words)
         repeated = frame[frame.duplicated(list(self.keys))]
         if len(repeated):
             raise ValueError(f"table {self.name} repeats the key {dict(repeated[list(self.keys)].iloc[0])}")

@@ -1,13 +1,78 @@
-"""Does a vision transformer keep looking locally while it learns class after class, and does it pay?"""
+"""The instrument: does a vision transformer keep looking locally while it learns class after class, and does it pay?
+
+Public names are loaded when they are asked for, so that importing the package waits neither for torch nor for pandas.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from locality_probe.doctor import examine as examine
+    from locality_probe.heatmap import HeatMaps as HeatMaps
+    from locality_probe.heatmap import heat_maps as heat_maps
+    from locality_probe.images import load_images as load_images
+    from locality_probe.log import LocalityLog as LocalityLog
+    from locality_probe.measures import MEASURES as MEASURES
+    from locality_probe.measures import distances as distances
+    from locality_probe.measures import measure_attention as measure_attention
+    from locality_probe.measures import nonlocality as nonlocality
+    from locality_probe.measures import positions as positions
+    from locality_probe.measures import uniform_nonlocality as uniform_nonlocality
+    from locality_probe.plan import make_plan as make_plan
+    from locality_probe.probe import Measurement as Measurement
+    from locality_probe.probe import Probe as Probe
+    from locality_probe.record import Layer as Layer
+    from locality_probe.record import Maps as Maps
+    from locality_probe.record import watching as watching
+    from locality_probe.subject import LIBRARIES as LIBRARIES
+    from locality_probe.subject import Subject as Subject
+    from locality_probe.subject import from_file as from_file
+    from locality_probe.subject import from_hf as from_hf
+    from locality_probe.subject import from_run as from_run
+    from locality_probe.subject import from_timm as from_timm
+    from locality_probe.subject import from_torchvision as from_torchvision
 
 __version__ = "0.1.0"
-__all__ = ["LocalityLog", "Probe"]
+
+# Public name -> the module of this package that has it. No name may be that of a module or package in here: which of the
+# two an import then gave would depend on what was imported before. So `record` is in locality_probe.record alone.
+PUBLIC = {
+    "HeatMaps": "heatmap",
+    "LIBRARIES": "subject",
+    "Layer": "record",
+    "LocalityLog": "log",
+    "MEASURES": "measures",
+    "Maps": "record",
+    "Measurement": "probe",
+    "Probe": "probe",
+    "Subject": "subject",
+    "distances": "measures",
+    "examine": "doctor",
+    "from_file": "subject",
+    "from_hf": "subject",
+    "from_run": "subject",
+    "from_timm": "subject",
+    "from_torchvision": "subject",
+    "heat_maps": "heatmap",
+    "load_images": "images",
+    "make_plan": "plan",
+    "measure_attention": "measures",
+    "nonlocality": "measures",
+    "positions": "measures",
+    "uniform_nonlocality": "measures",
+    "watching": "record",
+}
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> object:
-    """Probe and LocalityLog, loaded when asked for: `locality-probe --help` must not wait for torch."""
-    if name in __all__:
-        from locality_probe import probe
+    """A public name, from its module. Raises AttributeError for any other."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
 
-        return getattr(probe, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

@@ -273,11 +273,12 @@ def doctor(model, grid, prefix, weights, pretrained, as_json, families) -> None:
     import json
 
     from locality_probe import doctor as doctors
+    from locality_probe import families as matrix
     from locality_probe.progress import counter
 
     if families:
-        with counter(doctors.FAMILIES, "families") as report:
-            click.echo(doctors.support_matrix(report), nl=False)
+        with counter(matrix.FAMILIES, "families") as report:
+            click.echo(matrix.support_matrix(report), nl=False)
         return
     subject = doctors.find(model, weights, pretrained)
     layers = doctors.examine_subject(subject, grid, prefix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,19 @@ def features(model: Incremental, images: Tensor) -> dict[str, Tensor]:
     """{layer: [B, d] float32} of normalised images [B, 3, H, W], in one forward pass in eval mode.
 
     "block 0" ...: the mean patch token after each self-attention block, without prefix tokens; "token": what the newest
-    head is fed; "tokens": where there is a token a task, all of them side by side, which is what herding compares.
+    head is fed; "tokens": where there is one token per task, all of them side by side, which is what herding compares.
     The model comes back as it was. Raises ValueError for a network without a list of blocks.
     """
-    body = getattr(model, "backbone", model)
+    body: Any = getattr(model, "backbone", model)
     if not isinstance(getattr(body, "blocks", None), (nn.ModuleList, nn.Sequential)):
         raise ValueError(f"{type(body).__name__} has no list of blocks between which its tokens could be read")
-    prefix, found, handles = getattr(body, "num_prefix_tokens", 0), {}, []
+    by_layer: dict[str, Tensor] = {}
+    prefix, handles = getattr(body, "num_prefix_tokens", 0), []
     try:
         for index, block in enumerate(body.blocks):
 
             def keep(_block: nn.Module, _inputs: tuple, tokens: Tensor, name: str = f"block {index}") -> None:
-                found[name] = tokens[:, prefix:].mean(1).float()
+                by_layer[name] = tokens[:, prefix:].mean(1).float()
 
             handles.append(block.register_forward_hook(keep))
         with evaluating(model):
@@ -42,8 +44,8 @@ def features(model: Incremental, images: Tensor) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    found["token"] = tokens[:, -1]
-    return found | ({"tokens": tokens.flatten(1)} if tokens.shape[1] > 1 else {})
+    by_layer["token"] = tokens[:, -1]
+    return by_layer | ({"tokens": tokens.flatten(1)} if tokens.shape[1] > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RunData:
         """`features` of these images, a batch at a time, on the CPU."""
         model = subject.model.to(device)
         for batch in self.batches(split, indices, device):
-            yield {name: x.cpu() for name, x in features(model, batch.to(device)).items()}
+            yield {name: x.cpu() for name, x in features(cast(Incremental, model), batch.to(device)).items()}
             report(len(batch))
 
 

@@ -82,6 +82,7 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
             else torch.isin(test.labels, torch.tensor(classes))
         )
         return test.pictures(), f"{source}, test", wanted.nonzero().squeeze(1)
+    images: Tensor | list
     if path.suffix in (".npy", ".npz"):
         images = _array(path)
     elif source == "photos":

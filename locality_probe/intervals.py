@@ -1,7 +1,7 @@
-"""How sure a distance is: intervals over images, and over seeds, of layer means and of their paired differences.
+"""Intervals over images and over seeds, of layer means and of their paired differences.
 
-An interval over images tells how far the number would move with other images of the same kind, for these very weights; it
-knows nothing of the chance of training. That is in an interval over seeds, and only there.
+An interval over images tells how far the number would move with other images of the same kind, for these very weights. It
+does not include the randomness of training; an interval over seeds does.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ def intervals(
         return INTERVALS.check(pd.DataFrame(columns=list(INTERVALS.columns)))
     means = layer_means(per_image, measure)
     check_same_images(means)
-    found = set(means.columns)
+    cells_there = set(means.columns)
     pairs = {}  # (run, task, layer) -> what it is compared with
     for run, task, layer in means.columns:
         start, twin = (run, 0, layer), (twins.get(run), task, layer)
         wanted = [start] * (task > 0) + [twin] * (task != INITIAL)
-        pairs[run, task, layer] = [other for other in wanted if other in found]
+        pairs[run, task, layer] = [other for other in wanted if other in cells_there]
     series = [(cell, None) for cell in means] + [(cell, other) for cell in means for other in pairs[cell]]
     values = np.stack(
         [means[cell].to_numpy() - (means[other].to_numpy() if other else 0) for cell, other in series], axis=1
@@ -153,7 +153,7 @@ def group_by_seed(runs: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]
     groups: dict[str, dict[int, str]] = {}
     for run, (settings, seed) in runs.items():
         groups.setdefault(settings, {}).setdefault(seed, run)
-    named = {}
+    named: dict[str, tuple[str, int]] = {}
     for by_seed in groups.values():
         if len(by_seed) > 1:
             seed, first = next(iter(by_seed.items()))

@@ -83,7 +83,7 @@ class Sums:
     # The sums of a row: over patches of A, A ||p_j - p_i||, A ||p_j - p_i||^2, A log A; A_ii; A on prefix tokens; then A p_j.
     MASS, DISTANCE, SQUARE, ENTROPY, SELF, PREFIX, PLACE = range(7)
 
-    def __init__(self, geometry: Geometry, shape: tuple[int, int], like: Tensor, wanted: tuple[str, ...] = MEASURES):
+    def __init__(self, geometry: Geometry, shape: tuple[int, ...], like: Tensor, wanted: tuple[str, ...] = MEASURES):
         self.geometry, self.wanted = geometry, check_measures(wanted)
         p = positions(geometry.grid)
         self.places = torch.nn.functional.pad(p - p.mean(0), (0, 0, geometry.num_prefix_tokens, 0)).to(
@@ -149,7 +149,7 @@ def check_measures(wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def measure(
+def measure_attention(
     attention: Tensor, grid: tuple[int, ...], num_prefix_tokens: int = 0, wanted: tuple[str, ...] = MEASURES
 ) -> dict[str, Tensor]:
     """The measures of each image and head, over patch-to-patch attention: each [B, H], float64.
@@ -179,6 +179,6 @@ def measure(
 
 
 def nonlocality(attention: Tensor, grid: tuple[int, ...], num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """d_loc and prefix_mass of `measure`: two of [B, H], float64."""
-    found = measure(attention, grid, num_prefix_tokens, ("d_loc", "prefix_mass"))
-    return found["d_loc"], found["prefix_mass"]
+    """d_loc and prefix_mass of `measure_attention`: two of [B, H], float64."""
+    values = measure_attention(attention, grid, num_prefix_tokens, ("d_loc", "prefix_mass"))
+    return values["d_loc"], values["prefix_mass"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,16 +43,17 @@ def make_plan(
     directories, tasks = with_twins(given, warn), list(dict.fromkeys(tasks or ()))
     if not twins:
         directories = [d for d in directories if d.path in {g.path for g in given}]
-    subjects, asked = [], {d.path for d in given}
+    subjects: list[Callable[[], Subject]] = []
+    asked = {d.path for d in given}
     for directory in directories:
         # A twin that was not asked for may lack some of the tasks.
         wanted = tasks if directory.path in asked else [t for t in tasks if t in directory.tasks]
         subjects += subjects_of([directory], wanted) if wanted or not tasks else []
-    subjects += [lambda path=path: from_file(path) for path in files]
-    own = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
+    subjects += [functools.partial(from_file, path) for path in files]
+    runs_of_files = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
     others = [(p.stem, p) for p in files if not is_task_of_run(p)]
-    _refuse_equal_names([(d.name, d.path) for d in (*directories, *own.values())] + others)
-    runs = directories or list(own.values())
+    _refuse_equal_names([(d.name, d.path) for d in (*directories, *runs_of_files.values())] + others)
+    runs = directories or list(runs_of_files.values())
     classes = None
     if images in (None, "dataset"):
         if not runs:
@@ -78,22 +80,22 @@ def with_twins(directories: list[RunDir], warn: Callable[[str], None] = lambda s
 
     A joint run's `twin_of` comes back as the incremental run among them that it really is the twin of, or None.
     """
-    found = {d.path.resolve(): d for d in directories}
+    by_path = {d.path.resolve(): d for d in directories}
     for directory in directories:
         twin = directory.path.resolve().parent / (directory.joint_twin or "")
-        if directory.joint_twin and twin not in found and (twin / "run.json").is_file():
+        if directory.joint_twin and twin not in by_path and (twin / "run.json").is_file():
             other = checkpoint.open_run(twin)
             if not other.run.is_twin_of(directory.run):
                 warn(f"{twin.name} is left out: its settings are not those of {directory.name}")
             elif other.tasks:
-                found[twin] = other
+                by_path[twin] = other
 
     def paired(joint: RunDir) -> RunDir:
         partners = [d for d in directories if d.run.training == "incremental" and d.run.is_twin_of(joint.run)]
         partners.sort(key=lambda d: d.joint_twin != joint.name)
         return replace(joint, twin_of=partners[0].name if partners else None)
 
-    return [d if d.run.training == "incremental" else paired(d) for d in found.values()]
+    return [d if d.run.training == "incremental" else paired(d) for d in by_path.values()]
 
 
 def runs_of(paths: list[str], tasks: list[int], warn: Callable[[str], None]) -> list[RunDir]:
@@ -115,7 +117,7 @@ def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> li
 
     Raises ValueError for a run without a finished task, or a task that is not there.
     """
-    subjects = []
+    subjects: list[Callable[[], Subject]] = []
     for directory in directories:
         if not directory.tasks:
             raise ValueError(f"{directory.path} has no finished task yet; locality-probe train goes on with it")
@@ -126,5 +128,5 @@ def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> li
             )
         for task in [INITIAL, *(tasks or directory.tasks)]:
             for at_step in [*directory.checkpoints(task), AFTER]:
-                subjects.append(lambda d=directory, task=task, at_step=at_step: from_run(d, task, at_step))
+                subjects.append(functools.partial(from_run, directory, task, at_step))
     return subjects

@@ -1,10 +1,9 @@
-"""Probe: an instrument that is put on any vision transformer and taken off again; and a log for training loops."""
+"""Probe: an instrument that is put on any vision transformer and taken off again."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 
 from cil.tables import AFTER
 from locality_probe.measures import MEASURES, Geometry, Sums, check_measures
-from locality_probe.record import Layer, Maps, Recorded, watching
-from locality_probe.tables import HISTORY, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
+from locality_probe.record import Layer, Maps, Recorded, Watch, watching
+from locality_probe.tables import LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 NO_PATCHES = "only class or task tokens are queries: there is no attention between patches"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a Probe has seen: `layers` in their order, `values` [images, H] float64 by measure, `parameters` [H] by name."""
+    """What a Probe has measured: `layers` in their order, `values` [images, H] float64 by measure, `parameters` [H] by name."""
 
     layers: list[Layer]
     values: list[dict[str, Tensor]]
@@ -29,7 +28,7 @@ class Measurement:
     def table(
         self, run: str = "model", task: int = 0, pair: str | None = None, training: str = "model", at_step: int = AFTER
     ) -> pd.DataFrame:
-        """A row a layer and head: the columns of locality_probe.tables.NONLOCALITY, which has their units."""
+        """One row per layer and head: the columns of locality_probe.tables.NONLOCALITY, which has their units."""
         rows = []
         for layer, values, parameters in zip(self.layers, self.values, self.parameters, strict=True):
             means = {name: value.mean(0) for name, value in values.items()}
@@ -50,7 +49,7 @@ class Measurement:
     def per_image(
         self, run: str = "model", task: int = 0, index: list[int] | None = None, at_step: int = AFTER
     ) -> pd.DataFrame:
-        """A row a layer, head and image: the columns of NONLOCALITY_IMAGES; index: of the images in their source."""
+        """One row per layer, head and image: the columns of NONLOCALITY_IMAGES. index: each image's place in its source."""
         parts = [
             pd.DataFrame(
                 {name: float("nan") for name in NONLOCALITY_IMAGES.columns}
@@ -65,7 +64,7 @@ class Measurement:
         return NONLOCALITY_IMAGES.check(pd.concat(parts, ignore_index=True) if parts else empty)
 
     def layer_table(self, run: str = "model", task: int = 0, at_step: int = AFTER) -> pd.DataFrame:
-        """A row an attention layer, measured or skipped with its reason: the columns of LAYERS."""
+        """One row per attention layer, measured or skipped with its reason: the columns of LAYERS."""
         rows = [
             {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "name": layer.name, "kind": layer.kind,
              "how": layer.how, "num_heads": layer.num_heads, "grid_rows": layer.grid[0] if len(layer.grid) == 2 else 1,
@@ -87,7 +86,8 @@ class Probe:
     grid: (rows, columns) of patches, or (N,) for a sequence of N, where the model does not tell; num_prefix_tokens:
     tokens in front of them. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc is always there.
     On leaving, also by an exception, the model is as it was: hooks, the training mode of each module, gradients.
-    Scores are float32 at least, whatever the model computes in; memory does not grow with layers, nor with N^2.
+    Scores are computed in float32 at least, whatever the model computes in. Memory grows neither with the number of layers
+    nor with N^2.
 
     Raises ValueError for a model with compiled parts, and (in update) for one without attention or inputs of another size.
     """
@@ -100,7 +100,7 @@ class Probe:
         self.measures = check_measures(tuple(dict.fromkeys(("d_loc", *measures))))
         self._seen: list[list[Recorded]] = []
         self._stack = contextlib.ExitStack()
-        self._watch = None
+        self._watch: Watch | None = None
 
     def __enter__(self) -> Probe:
         watch = watching(self.model, self._read, self.grid, self.num_prefix_tokens)
@@ -116,21 +116,24 @@ class Probe:
         if self._watch is None:
             raise ValueError("update a Probe inside `with Probe(model) as probe:`")
         output = self._watch.forward(*inputs, **named)
-        found = self._watch.result()
-        if self._seen and [r.layer for r in found] != [r.layer for r in self._seen[0]]:
+        recorded = self._watch.result()
+        if self._seen and [r.layer for r in recorded] != [r.layer for r in self._seen[0]]:
             changed = next(
-                (a.layer for a, b in zip(found, self._seen[0], strict=False) if a.layer != b.layer), found[0].layer
+                (a.layer for a, b in zip(recorded, self._seen[0], strict=False) if a.layer != b.layer),
+                recorded[0].layer,
             )
             raise ValueError(
                 f"layer {changed.index} ({changed.name}) is another than for the first images (grid {changed.grid}, "
                 f"{changed.status}); use a Probe for each image size"
             )
-        self._seen.append(found)
+        self._seen.append(recorded)
         return output
 
     def _read(self, layer: Layer, maps: Maps) -> dict[str, Tensor]:
         if not layer.between_patches:
             return {}
+        assert self._watch is not None  # it is what calls this
+        batch = self._watch.batch
         geometry = Geometry(layer.grid, layer.num_prefix_tokens)
         sums: list[Sums] = []
 
@@ -141,10 +144,10 @@ class Probe:
 
         maps.visit(add)
         # The windows of an image follow each other: an image is the mean of its windows.
-        return {name: v.unflatten(0, (self._watch.batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
+        return {name: v.unflatten(0, (batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
 
     def result(self) -> Measurement:
-        """Everything seen so far. Raises ValueError where that is nothing."""
+        """The measurement of all images so far. Raises ValueError if there were none."""
         if not self._seen:
             raise ValueError("nothing was measured: call probe.update(images) first")
         layers, values, parameters = [], [], []
@@ -160,59 +163,16 @@ class Probe:
 
 @torch.no_grad()
 def locality_parameters(model: nn.Module, layer: Layer) -> dict[str, Tensor]:
-    """What a local layer has learned about its locality, each [H], where it has it.
+    """What a local layer has learned about its locality: {name: [H]} of the parameters below that the layer has.
 
     gate: share of positional attention in GPSA, sigmoid of its parameter (ConViT, eq. 7), 0 to 1; content_scale: LPA's
     lambda (arXiv 2304.06971, eq. 3).
     """
     module = getattr(model, "_orig_mod", model).get_submodule(layer.name)
     gate = getattr(module, "gate", getattr(module, "gating_param", None))
-    found = {"gate": None if gate is None else gate.sigmoid(), "content_scale": getattr(module, "content_scale", None)}
-    fitting = {name: v for name, v in found.items() if isinstance(v, Tensor) and v.numel() == layer.num_heads}
+    learned = {
+        "gate": None if gate is None else gate.sigmoid(),
+        "content_scale": getattr(module, "content_scale", None),
+    }
+    fitting = {name: v for name, v in learned.items() if isinstance(v, Tensor) and v.numel() == layer.num_heads}
     return {name: v.detach().double().flatten().cpu() for name, v in fitting.items()}
-
-
-class LocalityLog:
-    """D_loc of each layer while a model trains, for any loop: `log(model, epoch)` after each epoch.
-
-        log = LocalityLog("locality.csv", images)          # a fixed batch [B, 3, H, W], as the model takes it
-        for epoch in range(epochs):
-            train(...)
-            log(model, epoch)
-
-    Each call renews the CSV (columns: locality_probe.tables.HISTORY); a log that is made again with the same file goes on
-    with it, and epochs that are trained again replace their rows. tensorboard: a folder for the same as scalars.
-    """
-
-    def __init__(
-        self, path: str | Path, images: Tensor, grid: tuple[int, ...] | None = None,
-        num_prefix_tokens: int | None = None, tensorboard: str | Path | None = None, batch_size: int = 32,
-    ):  # fmt: skip
-        self.path, self.images, self.batch_size = Path(path), images, batch_size
-        self.grid, self.num_prefix_tokens, self.writer = grid, num_prefix_tokens, None
-        self.history = HISTORY.read(path) if self.path.exists() else None
-        if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError(f"tensorboard={tensorboard!r} needs the package tensorboard: install it") from None
-            self.writer = SummaryWriter(str(tensorboard))
-
-    def __call__(self, model: nn.Module, epoch: int) -> pd.DataFrame:
-        """Measure, write, and return the rows of this epoch."""
-        with Probe(model, self.grid, self.num_prefix_tokens, ("d_loc", "prefix_mass")) as probe:
-            for batch in self.images.split(self.batch_size):
-                probe.update(batch)
-        measurement = probe.result()
-        heads = measurement.table().groupby("layer", as_index=False)
-        rows = heads[["d_loc", "d_uniform", "d_ratio", "prefix_mass"]].mean()
-        rows["name"] = [measurement.layers[index].name for index in rows["layer"]]
-        rows["epoch"] = epoch
-        earlier = [] if self.history is None else [self.history[self.history["epoch"] < epoch]]
-        self.history = pd.concat([*earlier, rows], ignore_index=True)
-        HISTORY.write(self.history, self.path)
-        if self.writer is not None:
-            for row in rows.itertuples():
-                self.writer.add_scalar(f"d_loc/layer_{row.layer:02d}", row.d_loc, epoch)
-            self.writer.flush()
-        return HISTORY.check(rows)

@@ -87,8 +87,8 @@ def marchenko_pastur_edge(variance: float, n: int, d: int) -> float:
     return variance * (1 + (d / n) ** 0.5) ** 2
 
 
-def summarise(covariance: Covariance) -> dict[str, float]:
-    """The value columns of SPECTRUM_SUMMARY that are numbers of a spectrum."""
+def summarise(covariance: Covariance) -> dict[str, float | str]:
+    """The value columns of SPECTRUM_SUMMARY that describe a spectrum."""
     eigenvalues = covariance.eigenvalues()
     n, d, trace = covariance.n, len(eigenvalues), eigenvalues.sum().item()
     first, last = slope_window(d)
@@ -104,10 +104,10 @@ def summarise(covariance: Covariance) -> dict[str, float]:
 
 def groups(task: int, tasks: int) -> dict[str, range]:
     """Whose classes are looked at after `task`: group -> the tasks that bring them; empty groups are left out."""
-    found = {"all": range(tasks)}
+    tasks_of = {"all": range(tasks)}
     if task != INITIAL:
-        found |= {"seen": range(task + 1), "new": range(task, task + 1), "future": range(task + 1, tasks)}
-    return {name: of for name, of in found.items() if len(of)}
+        tasks_of |= {"seen": range(task + 1), "new": range(task, task + 1), "future": range(task + 1, tasks)}
+    return {name: of for name, of in tasks_of.items() if len(of)}
 
 
 def measure(
@@ -121,18 +121,19 @@ def measure(
     """
     tasks = run_data.task_of(labels)
     number = len(run_data.directory.scenario)
-    found: dict[str, list[Covariance]] = {}
+    covariances: dict[str, list[Covariance]] = {}
     start = 0
     for batch in run_data.features(subject, "test", indices, device):
         of_batch = tasks[start : start + len(next(iter(batch.values())))]
         start += len(of_batch)
         for layer, features in batch.items():
-            parts = found.setdefault(layer, [Covariance() for _ in range(number)])
+            parts = covariances.setdefault(layer, [Covariance() for _ in range(number)])
             for task in of_batch.unique().tolist():
                 parts[task] = parts[task].update(features[of_batch == task])
     key = {"run": subject.run, "task": subject.task}
-    values, rows, few = [], [], {}
-    for layer, parts in found.items():
+    values, rows = [], []
+    few: dict[str, tuple[int, int]] = {}
+    for layer, parts in covariances.items():
         for group, of in groups(subject.task, number).items():
             whole = sum((parts[task] for task in of), Covariance())
             d = found_dimension(parts)
@@ -196,12 +197,13 @@ def spectra(
             raise ValueError(f"n={n}, but there are {len(indices)} test images of the run's classes")
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
     labels = first.dataset.test.labels[indices]
-    tables, few = [], {}
+    tables = []
+    few: dict[str, tuple[int, int]] = {}
     for directory in directories:
         run_data = RunData(directory, first.dataset)
         for task in [INITIAL, *(t for t in directory.tasks if not tasks or t in tasks)]:
-            *found, small = measure(from_run(directory, task), run_data, indices, labels, device)
-            tables.append(found)
+            *rows_of_task, small = measure(from_run(directory, task), run_data, indices, labels, device)
+            tables.append(rows_of_task)
             few |= {group: min(few.get(group, place), place) for group, place in small.items()}
             report(directory.name)
     for group, (n, d) in few.items():

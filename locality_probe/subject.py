@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -108,13 +109,15 @@ def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = 
     return Subject(name, name, "model", 0, model.eval(), crop, tuple(preset.mean), tuple(preset.std))
 
 
-def from_hf(place: str, pretrained: bool = False) -> Subject:
+def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -> Subject:
     """A HuggingFace vision model: a folder that save_pretrained wrote, or with `pretrained` a name on the hub.
 
     CLIP and SigLIP are their vision towers. Only safetensors are read, and no code that comes with a model. Images are
     scaled to config.image_size and normalised as preprocessor_config.json says, or else with ImageNet's mean and std.
-    Raises ValueError where transformers is not installed, and for a folder without such a model.
+    Raises ValueError where transformers is not installed, for a folder without such a model, and for `weights`.
     """
+    if weights is not None:
+        raise ValueError("hf/FOLDER brings its own weights: leave --weights away")
     try:
         import transformers
     except ImportError:
@@ -123,7 +126,7 @@ def from_hf(place: str, pretrained: bool = False) -> Subject:
     if not pretrained and not (folder / "config.json").is_file():
         raise ValueError(f"{place} is no folder with a config.json; --pretrained fetches hf/{place} from the hub")
     transformers.utils.logging.set_verbosity_error()
-    model = fetched(
+    model: Any = fetched(
         place, lambda: transformers.AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
     )
     model = getattr(model, "vision_model", model).eval()
@@ -140,7 +143,7 @@ def from_hf(place: str, pretrained: bool = False) -> Subject:
 
 
 def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """make(), where a model that cannot be fetched or read is a ValueError of one sentence."""
+    """Returns make(). Raises ValueError, in one sentence, for a model that cannot be fetched or read."""
     try:
         return make()
     except (OSError, RuntimeError, ValueError) as error:
@@ -148,19 +151,35 @@ def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(f"{name} cannot be made: {reason}") from None
 
 
+@dataclass(frozen=True)
+class Library:
+    """Where models come from by name. make: (name, weights file or None, pretrained) -> Subject."""
+
+    make: Callable[[str, Path | None, bool], Subject]
+    names: str = "NAME"  # what follows the slash, as messages call it
+    trained: bool = False  # whether a model has its own weights also without a file and without `pretrained`
+
+
+LIBRARIES = {  # LIBRARY/NAME on the command line; a new library is one line here
+    "timm": Library(from_timm),
+    "torchvision": Library(from_torchvision),
+    "hf": Library(from_hf, "FOLDER", trained=True),
+}
+
+
+def forms() -> str:
+    """How models of each library are named: timm/NAME, torchvision/NAME or hf/FOLDER."""
+    *first, last = (f"{name}/{library.names}" for name, library in LIBRARIES.items())
+    return f"{', '.join(first)} or {last}"
+
+
 def from_model_option(option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None]) -> Subject:
     """The command line's --model LIBRARY/NAME. Raises ValueError for another library."""
     library, _, name = option.partition("/")
-    if library == "hf" and name and weights is None:
-        return from_hf(name, pretrained)
-    if library == "hf" and name:
-        raise ValueError("hf/FOLDER brings its own weights: leave --weights away")
-    if library not in ("timm", "torchvision") or not name:
-        raise ValueError(
-            f"--model {option!r} is not of the form timm/NAME, torchvision/NAME or hf/FOLDER, like timm/vit_small_patch16_224"
-        )
-    subject = (from_timm if library == "timm" else from_torchvision)(name, weights, pretrained)
-    if weights is None and not pretrained:
+    if library not in LIBRARIES or not name:
+        raise ValueError(f"--model {option!r} is not of the form {forms()}, like timm/vit_small_patch16_224")
+    subject = LIBRARIES[library].make(name, weights, pretrained)
+    if weights is None and not pretrained and not LIBRARIES[library].trained:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
     return subject
 

@@ -60,26 +60,28 @@ def survey(
         report(subject.run)
     nonlocality, per_image, layers = (pd.concat(part, ignore_index=True) for part in zip(*tables, strict=True))
     joint = nonlocality[nonlocality["training"] == "joint"].drop_duplicates("run")
-    sure = intervals(per_image, dict(zip(joint["pair"], joint["run"], strict=True)), group_by_seed(experiments))
-    return Survey(NONLOCALITY.check(nonlocality), per_image, layers, sure, images.describe())
+    interval_rows = intervals(
+        per_image, dict(zip(joint["pair"], joint["run"], strict=True)), group_by_seed(experiments)
+    )
+    return Survey(NONLOCALITY.check(nonlocality), per_image, layers, interval_rows, images.describe())
 
 
 def measure(
     subject: Subject, images: ProbeImages, device: str = "cpu"
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows of NONLOCALITY, NONLOCALITY_IMAGES and LAYERS for one subject."""
-    found = probe(subject, images, device)
-    if not any(found.values):
-        reasons = sorted({layer.reason for layer in found.layers})
+    probed = probe(subject, images, device)
+    if not any(probed.values):
+        reasons = sorted({layer.reason for layer in probed.layers})
         raise ValueError(f"no layer of {subject.run} has attention between patches: {'; '.join(reasons)}")
-    for layer, values in zip(found.layers, found.values, strict=True):
+    for layer, values in zip(probed.layers, probed.values, strict=True):
         if values and not values["d_loc"].isfinite().all():
             raise ValueError(f"layer {layer.index} ({layer.name}) of {subject.run} gives attention that is not finite")
     run, task, at_step = subject.run, subject.task, subject.at_step
     return (
-        found.table(run, task, subject.pair, subject.training, at_step),
-        found.per_image(run, task, images.index, at_step),
-        found.layer_table(run, task, at_step),
+        probed.table(run, task, subject.pair, subject.training, at_step),
+        probed.per_image(run, task, images.index, at_step),
+        probed.layer_table(run, task, at_step),
     )
 
 
@@ -100,18 +102,20 @@ def probe(subject: Subject, images: ProbeImages, device: str = "cpu") -> Measure
         raise ValueError(message if message.startswith(subject.run) else f"{subject.run}: {message}") from None
 
 
-def format_table(frame: pd.DataFrame, sure: pd.DataFrame | None = None) -> str:
+def format_table(frame: pd.DataFrame, interval_rows: pd.DataFrame | None = None) -> str:
     """The NONLOCALITY table as text: task x layer, mean over heads, each run with its joint twins beside it.
 
-    sure: the table INTERVALS, for half the width of the 95 % interval over images behind each number.
+    interval_rows: the table INTERVALS, for half the width of the 95 % interval over images behind each number.
     """
     half = {}
-    if sure is not None:
-        over_images = sure[(sure["over"] == "images") & (sure["measure"] == "d_loc") & (sure["other"] == "")]
+    if interval_rows is not None:
+        over_images = interval_rows[
+            (interval_rows["over"] == "images") & (interval_rows["measure"] == "d_loc") & (interval_rows["other"] == "")
+        ]
         half = {(r.run, (r.task, AFTER), r.layer): (r.high - r.low) / 2 for r in over_images.itertuples()}
     frame = frame.assign(point=list(zip(frame["task"], frame["at_step"], strict=True)))
     blocks = [_pair_as_text(pair, rows, half) for pair, rows in frame.groupby("pair", sort=False)]
-    lines = _seed_lines(sure) if sure is not None else []
+    lines = _seed_lines(interval_rows) if interval_rows is not None else []
     return "\n\n".join([*blocks, *(["\n".join(map(text.prose, lines))] if lines else [])]) + "\n"
 
 
@@ -142,9 +146,9 @@ def _pair_as_text(pair: str, rows: pd.DataFrame, half: dict[tuple, float]) -> st
     return text.block(title, text.table(header, [*body, uniform], left=0, together=len(trainings)))
 
 
-def _seed_lines(sure: pd.DataFrame) -> list[str]:
-    """What several seeds say, at the last task of each group: a line a layer."""
-    rows = sure[(sure["over"].str.startswith("seeds")) & (sure["task"] >= 0)]
+def _seed_lines(interval_rows: pd.DataFrame) -> list[str]:
+    """What several seeds say, at the last task of each group: one line per layer."""
+    rows = interval_rows[(interval_rows["over"].str.startswith("seeds")) & (interval_rows["task"] >= 0)]
     rows = rows[rows["task"] == rows.groupby("run")["task"].transform("max")]
     lines = ["D_loc after the last task, 95 % intervals over seeds:"] if len(rows) else []
     for row in rows.itertuples():

@@ -24,7 +24,7 @@ def after_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["at_step"] == AFTER] if "at_step" in frame else frame
 
 
-_SHARES = {  # of locality_probe.measures.measure, which has the equations; empty where a measure was not asked for
+_SHARES = {  # of locality_probe.measures.measure_attention, which has the equations; empty where a measure was not asked for
     "rms_distance": ("float64", "root mean square of the attended distance, patches"),
     "prefix_mass": ("float64", "attention of patches on class, register and distillation tokens, 0 to 1"),
     "entropy": ("float64", "of a patch's attention over patches, over that of uniform attention, 0 to 1"),
@@ -232,13 +232,14 @@ LAYERS = Table(
     "layers",
     keys=_MODEL | _AT_STEP,
     added={"at_step": AFTER},
+    renamed={"how": {"fused": "sdpa", "written out": "eager"}},
     values={
         "name": ("str", "module path in the model"),
         "kind": ("str", "class of the attention layer"),
         "how": (
             "str",
-            "fused: scaled_dot_product_attention | multihead: nn.MultiheadAttention | written out: softmax and a "
-            "product | asked: the layer gives its map; empty if skipped",
+            "sdpa: F.scaled_dot_product_attention | eager: a softmax and its product with the values | "
+            "multihead: nn.MultiheadAttention | asked: the layer gives its map; empty if skipped",
         ),
         "num_heads": ("int64", "0 where the layer was not seen"),
         "grid_rows": ("int64", "patches; 1 for a sequence"),

@@ -47,3 +47,9 @@ def golden(name: str) -> dict[str, torch.Tensor]:
     """Arrays of a golden file as tensors."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+@pytest.fixture
+def seeded() -> None:
+    """The same random numbers for each test of a file with `pytestmark = pytest.mark.usefixtures("seeded")`."""
+    torch.manual_seed(0)

@@ -3,6 +3,8 @@
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +65,25 @@ def test_readme_python_runs(code, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert "blocks.0.attn" in capsys.readouterr().out
+
+
+def test_python_of_the_page_on_extending_runs():
+    """All blocks in one script: each goes on with what the ones above have entered."""
+    page = (ROOT / "docs/extending.md").read_text()
+    script = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S))
+    script += """
+from locality_probe.doctor import examine_subject, find as find_model
+assert [layer.how for layer in examine_subject(find_model("mine/tiny"))] == ["sdpa", "sdpa"]
+"""
+    told = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "blocks.1.attn ok torch.Size([2, 3])" in told and told.endswith("joint\n")
+
+
+def test_files_named_on_the_page_on_extending_are_there():
+    page = (ROOT / "docs/extending.md").read_text()
+    names = re.findall(r"`((?:cil|locality_probe|docs|tests)/[\w./]+)`", page)
+    names += [f"docs/{name}" for name in re.findall(r"\]\(((?!http|#)[^)]+)\)", page)]
+    assert names and not [name for name in names if not (ROOT / name).exists()]
 
 
 def test_files_named_in_the_readme_are_there():

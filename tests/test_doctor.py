@@ -13,7 +13,7 @@ from conftest import TOY
 from torch import nn
 
 from cil.models import IncrementalViT
-from locality_probe import doctor
+from locality_probe import doctor, families
 from locality_probe.cli import main
 from locality_probe.measures import MEASURES
 from locality_probe.probe import NO_PATCHES, Probe
@@ -90,7 +90,7 @@ def test_fused_and_unfused_agree_on_every_measured_layer(name):
             probe.update(x)
         found.append(probe.result())
     hows = [{layer.how for layer in result.layers if layer.status == "ok"} for result in found]
-    assert "fused" in hows[0] and "fused" not in hows[1]
+    assert "sdpa" in hows[0] and "sdpa" not in hows[1]
     for layer, fused, written in zip(found[0].layers, found[0].values, found[1].values, strict=True):
         assert bool(fused) == (layer.status == "ok")
         for measure in MEASURES if fused else ():
@@ -174,16 +174,16 @@ def test_matrix_is_of_this_generation_of_the_tool():
         if line.startswith(("| timm |", "| torchvision |", "| transformers |"))
     ]
     named = {row[2].strip("`") for row in rows}
-    assert {*doctor.TIMM.values(), *doctor.TORCHVISION.values(), *(f"{name}Model" for name in doctor.HF)} == named
-    assert len(doctor.TIMM) >= 50
-    families, layers, whole, windows, skipped = map(
+    assert {*families.TIMM.values(), *families.TORCHVISION.values(), *(f"{name}Model" for name in families.HF)} == named
+    assert len(families.TIMM) >= 50
+    rows_said, layers, whole, windows, skipped = map(
         int, re.search(
             r"(\d+) families with (\d+) attention layers: (\d+) measured over the whole image or\s+sequence, (\d+) inside "
             r"their windows, (\d+) skipped", text
         ).groups()
     )  # fmt: skip
     measured = [list(map(int, row[3].split(" of "))) for row in rows if row[3] != "refused"]
-    assert families == len(rows) and layers == sum(n for _, n in measured) == whole + windows + skipped
+    assert rows_said == len(rows) and layers == sum(n for _, n in measured) == whole + windows + skipped
     assert whole + windows == sum(n for n, _ in measured)
 
 

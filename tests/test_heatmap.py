@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 from matplotlib.colors import Normalize
+from networks import vit
 from PIL import Image
 from test_cli import here, picture, run_ok, runs  # noqa: F401
-from test_record import vit
 
 from cil.checkpoint import open_run
 from figures import attention_maps

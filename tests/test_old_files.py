@@ -45,6 +45,17 @@ def test_it_is_measured_as_it_was_then(old):
     pd.testing.assert_frame_equal(images, NONLOCALITY_IMAGES.check(found.per_image), rtol=1e-5)
 
 
+def test_words_of_an_earlier_version_are_translated(tmp_path):
+    """How a layer is seen was `fused` or `written out`; timm's words are `sdpa` and `eager`."""
+    layers = LAYERS.read(OLD / "measured/layers.csv")
+    old_words = ["fused", "written out", "asked"]
+    layers = pd.concat([layers[:1].assign(layer=layer, how=how) for layer, how in enumerate(old_words)])
+    layers.to_csv(tmp_path / "layers.csv", index=False)
+    assert LAYERS.read(tmp_path / "layers.csv")["how"].tolist() == ["sdpa", "eager", "asked"]
+    assert LAYERS.check(layers)["how"].tolist() == ["sdpa", "eager", "asked"]
+    assert layers["how"].tolist() == old_words  # the frame that was given stays as it is
+
+
 def test_a_finished_run_is_left_alone_and_an_unfinished_one_is_not_mixed(old):
     before = {path: path.read_bytes() for path in (old / "old").glob("*.*")}
     train(open_run(old / "old").run, old / "old", report=lambda p: pytest.fail("it trained again"))

@@ -1,16 +1,20 @@
-"""What a user adds: a function and a line in a dict each, and it trains, saves, opens and is measured."""
+"""What a user adds: a function and a line in a dict each, and it trains, saves, opens and is measured (docs/extending.md)."""
 
 import dataclasses
 
 import pytest
+import timm
 
 from cil import recipes
 from cil.attention import ATTENTION, SelfAttention
 from cil.checkpoint import open_run
-from cil.data import DATASETS, digits
+from cil.data import DATASETS, cover, digits
 from cil.methods import METHODS
 from cil.train import train
+from locality_probe import LIBRARIES, Probe, Subject, distances, doctor, from_run, load_images
 from locality_probe.plan import make_plan
+from locality_probe.record import record
+from locality_probe.subject import Library
 from locality_probe.survey import survey
 
 
@@ -45,6 +49,52 @@ def test_own_attention_method_data_set_and_recipe(toy, tmp_path, monkeypatch):
     plan = make_plan([str(directory.path)], n=4)
     table = survey((make() for make in plan.subjects), plan.images).nonlocality
     assert set(table["kind"]) == {"LPA", "Sharp"}
+
+
+def test_own_measure(toy_run):
+    """A function of the attention of a layer: it sees each layer of a network, ours or not, and may use what is in Layer."""
+
+    def seen_from_afar(attention, layer):
+        if not layer.between_patches:
+            return {}
+        prefix = layer.num_prefix_tokens
+        far = distances(layer.grid) > 2
+        return {"far": (attention[:, :, prefix:, prefix:] * far).sum(-1).mean(-1)}
+
+    subject = from_run(toy_run, 1)
+    images = load_images("digits", 3)
+    (batch,) = images.batches(subject, 3)
+    found = record(subject.model, batch, seen_from_afar)
+    with Probe(subject.model) as probe:
+        probe.update(batch)
+    between = [item for item in found if item.values]
+    assert [item.layer for item in found] == [
+        dataclasses.replace(layer, status="ok", reason="") for layer in probe.result().layers
+    ]
+    assert len(between) == 2
+    for item, values in zip(between, probe.result().values, strict=False):
+        assert item.values["far"].shape == (3, 4) and (2 * item.values["far"] < values["d_loc"]).all()  # Markov
+
+
+def test_own_library_of_models(monkeypatch, tmp_path, capsys):
+    def from_mine(name, weights, pretrained):
+        network = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
+        return Subject(
+            name, name, "model", 0, network, lambda image: cover(image, (64, 64)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+        )
+
+    monkeypatch.setitem(LIBRARIES, "mine", Library(from_mine, "SIZE"))
+    plan = make_plan([], model="mine/tiny", images="digits", n=2)
+    assert "tiny is untrained" in capsys.readouterr().out
+    found = survey((make() for make in plan.subjects), plan.images)
+    assert set(found.nonlocality["run"]) == {"tiny"} and found.layers["how"].tolist() == ["sdpa", "sdpa"]
+    assert doctor.find("mine/tiny").run == "tiny"
+    with pytest.raises(ValueError, match=r"give a run directory, a weights file, timm/NAME, .* or mine/SIZE$"):
+        doctor.find("other/tiny")
+    with pytest.raises(
+        ValueError, match="is not of the form timm/NAME, torchvision/NAME, hf/FOLDER or mine/SIZE, like"
+    ):
+        make_plan([], model="mine", images="digits")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import sharpen
 from PIL import Image
 from test_cli import here, run_ok  # noqa: F401
-from test_record import sharpen
 from timm.models.convit import ConVit
 
 from locality_probe.measures import nonlocality

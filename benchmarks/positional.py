@@ -1,6 +1,6 @@
 """What D_loc of GPSA and LPA is made of, from weights alone, beside the steps that a network has taken.
 
-    python docs/small/positional.py RUN_DIR ... > docs/small/positional.csv
+    python benchmarks/positional.py RUN_DIR ... > docs/small/positional.csv
 
 In GPSA content and position add up: D_loc = (1 - s) D_content + s D_position, with the gate s. D_position is that of the
 softmax of the positional scores alone; no image enters it. A row a run, task (-1: as initialised) and layer, means over

@@ -16,6 +16,7 @@ from cil import augment, checkpoint, data, foreign, models
 from cil.checkpoint import RunDir
 from cil.tables import AFTER
 from locality_probe.tables import INITIAL
+from locality_probe.typed import Typed, split_model, typed
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ def from_run(directory: RunDir, task: int, at_step: int = AFTER) -> Subject:
 def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
     """A timm model with its own data config; from a file, from timm's hub, or untrained by `seed`.
 
-    Raises ValueError for a name that timm does not know and weights that do not fit.
+    Raises Typed for a name that timm does not know, and ValueError for weights that do not fit.
     """
     import timm
 
-    models.check_timm(name)
+    typed(models.check_timm, name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = fetched(name, lambda: timm.create_model(name, pretrained=pretrained))
@@ -86,14 +87,14 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
 def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
     """A torchvision model with the transforms of its default weights; from a file, from the hub, or untrained by `seed`.
 
-    Raises ValueError for a name that torchvision does not know and weights that do not fit.
+    Raises Typed for a name that torchvision does not know, and ValueError for weights that do not fit.
     """
     from torchvision.models import get_model, get_model_weights, list_models
     from torchvision.transforms import functional
 
     if name not in list_models():
         near = difflib.get_close_matches(name, list_models(), n=3)
-        raise ValueError(f"torchvision has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        raise Typed(f"torchvision has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None))
@@ -149,16 +150,12 @@ def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def from_model_option(option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None]) -> Subject:
-    """The command line's --model LIBRARY/NAME. Raises ValueError for another library."""
-    library, _, name = option.partition("/")
-    if library == "hf" and name and weights is None:
+    """The command line's --model LIBRARY/NAME. Raises Typed for another library, and for a name that it does not have."""
+    library, name = split_model(option)
+    if library == "hf" and weights is not None:
+        raise Typed("hf/FOLDER brings its own weights: leave --weights away")
+    if library == "hf":
         return from_hf(name, pretrained)
-    if library == "hf" and name:
-        raise ValueError("hf/FOLDER brings its own weights: leave --weights away")
-    if library not in ("timm", "torchvision") or not name:
-        raise ValueError(
-            f"--model {option!r} is not of the form timm/NAME, torchvision/NAME or hf/FOLDER, like timm/vit_small_patch16_224"
-        )
     subject = (from_timm if library == "timm" else from_torchvision)(name, weights, pretrained)
     if weights is None and not pretrained:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")

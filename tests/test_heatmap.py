@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import run_ok
 from matplotlib.colors import Normalize
 from PIL import Image
-from test_cli import here, picture, run_ok, runs  # noqa: F401
 from test_record import vit
 
 from cil.checkpoint import open_run
@@ -170,7 +170,7 @@ def test_empty_panels_say_so():
     assert texts == [[], ["none"]]
 
 
-def test_command(runs, picture):  # noqa: F811
+def test_command(runs, picture):
     run_ok("heatmap", picture, "--ckpt", "runs/toy:all", "--columns", "layer", "--query", "pixel:3,40", "--scale", "uniform",
            "-o", "a.svg")  # fmt: skip
     with np.load("a.npz") as arrays:

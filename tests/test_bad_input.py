@@ -549,7 +549,9 @@ def test_image_folders(here):
 
 
 def test_unfit_run_is_refused_before_a_directory_is_made(here, toy):
-    for change in ({"patch_size": 3}, {"scenario": "B0-2"}, {"num_classes": 12}):
+    for change, code in (({"patch_size": 3}, 1), ({"scenario": "B0-2"}, 2), ({"num_classes": 12}, 1)):
         values = dataclasses.asdict(toy) | change
         recipe = beyond_recipe(toy)
-        refused("train", "demo-baseline", *settings({k: values[k] for k in {*recipe, *change}}), "--out", "a/b")
+        refused(
+            "train", "demo-baseline", *settings({k: values[k] for k in {*recipe, *change}}), "--out", "a/b", code=code
+        )

@@ -348,7 +348,7 @@ def test_the_users_settings_stay_theirs_and_out_of_our_figures():
     with matplotlib.rc_context(settings):
         figure = nonlocality_over_tasks.draw(table())
         assert {name: matplotlib.rcParams[name] for name in settings} == settings
-    assert figure.axes[0].get_title(loc="center") == "layer 1"
+    assert figure.axes[0].get_title(loc="center") == "layer 0"
     (line,) = [line for line in figure.axes[0].lines if line.get_label() == "CIL"]
     assert line.get_linewidth() == style.STYLE["lines.linewidth"]
 

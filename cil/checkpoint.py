@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cil.data import Dataset
 from cil.device import processor
-from cil.files import atomically, git_state, versions, write_json
+from cil.files import atomically, check_run, git_state, versions, write_json
 from cil.methods import METHODS
 from cil.models import Incremental, create_model
 from cil.run import FORMAT, Run, randomness
@@ -274,11 +274,7 @@ def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") ->
 
 def open_run(path: str | Path) -> RunDir:
     """Open a run directory. Raises ValueError when it is not there, no run, or of another version."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"no run directory {path}" + _neighbours(path))
-    if not (path / "run.json").is_file():
-        raise ValueError(f"{path} holds no run.json, so it is no run directory" + _neighbours(path / "*"))
+    path = check_run(path)
     try:
         content = json.loads((path / "run.json").read_text())
         version = content.pop("format")
@@ -324,8 +320,3 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
-
-
-def _neighbours(path: Path) -> str:
-    runs = sorted(p.parent.name for p in path.parent.glob("*/run.json"))
-    return f"; there: {', '.join(runs)}" if runs else ""

@@ -60,3 +60,21 @@ def git_state() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def check_run(path: str | Path) -> Path:
+    """The run directory `path`. Raises ValueError where it is not there or holds no run, naming the runs near it.
+
+    Asks the file system alone, so that a wrong path is told before torch is loaded.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"no run directory {path}" + _neighbours(path))
+    if not (path / "run.json").is_file():
+        raise ValueError(f"{path} holds no run.json, so it is no run directory" + _neighbours(path / "*"))
+    return path
+
+
+def _neighbours(path: Path) -> str:
+    runs = sorted(p.parent.name for p in path.parent.glob("*/run.json"))
+    return f"; there: {', '.join(runs)}" if runs else ""

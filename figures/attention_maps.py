@@ -13,6 +13,7 @@ from matplotlib.patheffects import withStroke
 
 from figures import style
 
+Patch = tuple[int, int]  # row, column
 SCALES = ("shared", "each", "uniform", "difference")
 DIVERGING = "PuOr_r"  # white in the middle; its ends stay apart for the colour-blind
 MOST_TIMES = 16  # times uniform, either way: what is beyond has the colour of the end
@@ -24,16 +25,23 @@ EDGE, GAP, LINE = 0.12, 0.08, 0.2  # inches: around the figure, between panels, 
 @style.look()
 def draw(
     image: np.ndarray, maps: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str], scale: str = "shared",
-    query: tuple[int, int] | None = None, unit: str = "attention", title: str = "",
+    query: Patch | Sequence[Sequence[Patch | None]] | None = None, unit: str = "attention", title: str = "",
+    seen: Sequence[Sequence[np.ndarray | None]] | None = None,
 ) -> Figure:  # fmt: skip
     """`image` uint8 [H, W, 3] as the model sees it; over its grey copy `maps` float [R, C, g_h, g_w] >= 0, in `unit`.
 
+    seen: [R][C], the image as each panel's own model sees it, where that is not `image` for all.
+
     scale: "shared", all panels 0..max under one colour bar; "each", every panel 0..its max, with its own; "uniform", times
     uniform attention, 1 / (g_h g_w), on a logarithmic scale around 1; "difference", around 0, and values may be negative.
-    query: (row, column) in patches from 0, outlined everywhere. A panel of NaN stays blank, but for the word none.
+    query: (row, column) in patches from 0, outlined in all panels, or [R][C] of them, each outlined in its own panel and
+    the first of them in `image`. A panel of NaN stays blank, but for the word none.
     Raises ValueError for what does not fit.
     """
-    _check(image, maps, (len(row_labels), len(column_labels)), scale, query)
+    shape = len(row_labels), len(column_labels)
+    queries = query if isinstance(query, list) else [[query] * shape[1]] * shape[0]
+    images = seen or [[image] * shape[1]] * shape[0]
+    _check(image, maps, shape, scale, queries)
     if scale == "uniform":
         maps, unit = np.log2(np.clip(maps * maps.shape[2] * maps.shape[3], 1 / MOST_TIMES, MOST_TIMES)), "times uniform"
     elif scale == "difference":
@@ -42,11 +50,11 @@ def draw(
     diverging = scale in ("uniform", "difference")
     caption = f"{unit}, each panel on its own scale" if each else ""
     place = _layout(figure, image.shape[:2], row_labels, column_labels, title, caption, each)
-    grey = greyed(image)
+    shown = next((patch for row in queries for patch in row if patch), None)
 
     axes = place("image")
-    axes.set(title="image", xlabel="" if query is None else "query outlined")
-    show(axes, image, grid, query)
+    axes.set(title="image", xlabel="" if shown is None else "query outlined")
+    show(axes, image, grid, shown)
     most, bar = (np.nanmax(np.abs(maps)) if diverging else np.nanmax(maps)) or 1, None
     norm = Normalize(-most if diverging else 0, most)
     for r, c in np.ndindex(maps.shape[:2]):
@@ -56,7 +64,8 @@ def draw(
         if np.isnan(maps[r, c]).all():
             axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=style.REFERENCE)
             continue
-        show(axes, grey, grid, query)
+        grey = greyed(images[r][c])
+        show(axes, grey, grid, queries[r][c])
         norm = Normalize(0, np.nanmax(maps[r, c]) or 1) if each else norm
         how = {
             "cmap": DIVERGING if diverging else style.SEQUENTIAL,
@@ -82,7 +91,7 @@ def draw(
     return figure
 
 
-def _check(image, maps, labels, scale, query) -> None:
+def _check(image, maps, labels, scale, queries) -> None:
     """ValueError in terms of draw's arguments; `labels`: how many for rows and columns."""
     if scale not in SCALES:
         raise ValueError(f"no scale {scale!r}; there: {', '.join(SCALES)}")
@@ -92,8 +101,11 @@ def _check(image, maps, labels, scale, query) -> None:
         raise ValueError(f"by their labels maps are [{labels[0]}, {labels[1]}, g_h, g_w], not {list(maps.shape)}")
     if np.isnan(maps).all() or (np.nanmin(maps) < 0 and scale != "difference") or np.isinf(maps).any():
         raise ValueError("maps need a value, and none below 0 or infinite")
-    if query is not None and not (0 <= query[0] < maps.shape[2] and 0 <= query[1] < maps.shape[3]):
-        raise ValueError(f"no query patch {tuple(query)} in a grid of {maps.shape[2]} rows and {maps.shape[3]} columns")
+    for query in (patch for row in queries for patch in row if patch is not None):
+        if not (0 <= query[0] < maps.shape[2] and 0 <= query[1] < maps.shape[3]):
+            raise ValueError(
+                f"no query patch {tuple(query)} in a grid of {maps.shape[2]} rows and {maps.shape[3]} columns"
+            )
 
 
 def greyed(image: np.ndarray) -> np.ndarray:
@@ -101,7 +113,7 @@ def greyed(image: np.ndarray) -> np.ndarray:
     return GREY[0] + (GREY[1] - GREY[0]) * (image @ [0.299, 0.587, 0.114]) / 255
 
 
-def show(axes: Axes, image: np.ndarray, grid: tuple[int, int], query: tuple[int, int] | None) -> None:
+def show(axes: Axes, image: np.ndarray, grid: tuple[int, int], query: Patch | None) -> None:
     """`image`, colour [H, W, 3] or grey [H, W] in 0..1, in pixels from its corner, and the query's outline, in `axes`."""
     height, width = image.shape[:2]
     axes.imshow(image, "gray", vmin=0, vmax=1, extent=(0, width, height, 0))

@@ -9,17 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
-from locality_probe.tables import ALL_TASKS, COMPARISON
+from locality_probe.tables import ALL_TASKS, COMPARISON, compared
 
 MAX_COLUMNS = 6
 SHADES = {"low_all high_all": ("95 %, at once for all", 0.18), "low high": ("95 %, this one alone", 0.35)}
 
 
 @style.look()
-def draw(comparison: pd.DataFrame) -> Figure:
-    """Difference of D_loc in patches, first minus second, over the tasks (counted from 1): a panel a layer.
+def draw(comparison: pd.DataFrame, first: int = 0) -> Figure:
+    """Difference of D_loc in patches, first side minus second, over the tasks: one panel per layer.
 
-    `comparison` has the columns of COMPARISON, of one comparison. Two single checkpoints give one point a panel.
+    `comparison` has the columns of COMPARISON, of one comparison. Two single checkpoints give one point per panel, and the
+    title says of which tasks they are. first: the number of the first task and layer in the drawing; 1 in the paper's figures.
     Raises ValueError for another table or an empty one.
     """
     frame = COMPARISON.check(comparison)
@@ -33,9 +34,9 @@ def draw(comparison: pd.DataFrame) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     single = frame["task"].nunique() == 1
     for axes, (layer, of_layer) in zip(panels.flat, layers.items(), strict=False):
-        axes.set_title(f"layer {layer + 1}")
+        axes.set_title(f"layer {layer + first}")
         axes.axhline(0, color=style.REFERENCE, linewidth=1)
-        x = of_layer["task"] + 1
+        x = of_layer["task"] + first
         for ends, (label, alpha) in SHADES.items():
             low, high = (of_layer[end] for end in ends.split())
             how = {"color": style.BLUE, "alpha": alpha, "label": label}
@@ -51,9 +52,9 @@ def draw(comparison: pd.DataFrame) -> Figure:
         axes.remove()
     for axes in panels[:, 0]:
         axes.set_ylabel(r"difference of $D_\mathrm{loc}$ (patches)")
-    first = frame.iloc[0]
-    figure.suptitle(f"{first['run']}\nminus {first['other']}", weight="bold")
+    row = frame.iloc[0]
+    figure.suptitle("\nminus ".join(compared(frame)), weight="bold")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    labels = [f"{label}, over {first['n']} {first['over']}" if "%" in label else label for label in labels]
+    labels = [f"{label}, over {row['n']} {row['over']}" if "%" in label else label for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=1 if columns < 4 else 3)
     return figure

@@ -26,18 +26,20 @@ WORKERS = 2  # processes of one thread each: for networks this small faster than
 IMAGES = 128
 
 
-def run_demo(out: Path, echo: Callable[[str], None]) -> None:
+def run_demo(out: Path, echo: Callable[[str], None], device: str = "cpu", threads: int = 1) -> None:
     """Train PAIRS and their joint twins into `out`, measure them, write tables, a heat map and the D_loc figure.
+
+    threads: of the CPU, for each of the WORKERS trainings that run at once.
 
     Runs that are finished are not repeated, and one that was interrupted goes on. Raises ValueError when one fails.
     """
     began = time.monotonic()
     # The joint twins take longest, so they start first.
-    train_all([f"{pair}-joint" for pair in PAIRS] + list(PAIRS), out)
+    train_all([f"{pair}-joint" for pair in PAIRS] + list(PAIRS), out, device, threads)
     trained = time.monotonic()
 
     plan = make_plan([str(out / pair) for pair in PAIRS], n=IMAGES)
-    result = survey.survey((make() for make in plan.subjects), plan.images)
+    result = survey.survey((make() for make in plan.subjects), plan.images, device)
     tables = result.write(out)
     echo(survey.format_table(result.nonlocality))
     for name in PAIRS:
@@ -50,12 +52,9 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     specs = [f"{out / name}:all" for pair in PAIRS for name in (pair, f"{pair}-joint")]
     deepest = max(result.nonlocality["layer"])
     found = heat_maps(
-        [make() for spec in specs for make in parse_checkpoint(spec)], image, layer=str(deepest), query="3,3"
+        [make() for spec in specs for make in parse_checkpoint(spec)], image, str(deepest), query="3,3", device=device
     )
-    figure = attention_maps.draw(
-        found.image, found.maps, found.row_labels, found.column_labels, query=found.query, title=found.title
-    )
-    drawn += [style.save(figure, out / "heatmap.png"), found.save(out / "heatmap.npz")]
+    drawn += [style.save(attention_maps.draw(**found.drawing()), out / "heatmap.png"), found.save(out / "heatmap.npz")]
 
     echo(f"\nTrained in {trained - began:.0f} s, measured and drawn in {time.monotonic() - trained:.0f} s.")
     for path in [
@@ -68,7 +67,7 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     echo(f"Next: locality-probe heatmap {out / 'digit.png'} --ckpt {out / PAIRS[0]} --head all")
 
 
-def train_all(names: list[str], out: Path) -> None:
+def train_all(names: list[str], out: Path, device: str = "cpu", threads: int = 1) -> None:
     """Train recipes into out/NAME, WORKERS at a time, showing their progress on one line."""
     context = multiprocessing.get_context("spawn")
     events, waiting, running = context.Queue(), list(names), {}
@@ -79,7 +78,9 @@ def train_all(names: list[str], out: Path) -> None:
         while waiting or running or not events.empty():
             while waiting and len(running) < WORKERS:
                 name = waiting.pop(0)
-                running[name] = context.Process(target=_worker, args=(name, out / name, events), daemon=True)
+                running[name] = context.Process(
+                    target=_worker, args=(name, out / name, events, device, threads), daemon=True
+                )
                 running[name].start()
             try:
                 name, share, state = events.get(timeout=0.2)
@@ -99,9 +100,9 @@ def train_all(names: list[str], out: Path) -> None:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
 
 
-def _worker(name: str, out: Path, events) -> None:
+def _worker(name: str, out: Path, events, device: str = "cpu", threads: int = 1) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is theirs
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     parent, last = multiprocessing.parent_process(), 0.0
 
     def report(p: Progress) -> None:
@@ -115,7 +116,7 @@ def _worker(name: str, out: Path, events) -> None:
             )
 
     try:
-        train(recipes.find(name), out, report=report)
+        train(recipes.find(name), out, device, report)
     except KeyboardInterrupt:  # the parent is about to end, and has said why
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:

@@ -29,12 +29,15 @@ UNIFORM = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": 
 
 
 @style.look()
-def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None, steps: pd.DataFrame | None = None) -> Figure:
-    """D_loc in patches, mean over heads, over the tasks (counted from 1): a row of panels a pair, a panel a layer.
+def draw(
+    nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None, steps: pd.DataFrame | None = None, first: int = 0
+) -> Figure:  # fmt: skip
+    """D_loc in patches, mean over heads, over the tasks: one row of panels per pair, one panel per layer.
 
     The panels of a pair share one scale, on which the way up to uniform attention is folded where that is far.
     intervals: a table INTERVALS, whose intervals of these very means are drawn as bands, those over seeds where there are any.
     steps: a table STEPS; then the axis is how many thousand steps a network has taken by then, not which task it is at.
+    first: the number of the first task and layer in the drawing; 1 in the paper's figures.
 
     `nonlocality` has the columns of NONLOCALITY, of which checkpoints inside tasks are left out; the value at initialisation
     (task -1) is the incremental run's.
@@ -51,7 +54,7 @@ def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None, steps
     means = heads[["d_loc", "d_uniform"]].agg(lambda values: values.mean(skipna=False))
     means = means[means.groupby(["pair", "layer"])["d_loc"].transform("count") > 0]
     means = _with_bands(means, frame, intervals)
-    means["x"] = means["task"] + 1 if steps is None else _thousands(means, frame, steps)
+    means["x"] = means["task"] + first if steps is None else _thousands(means, frame, steps)
     if means.empty:
         raise ValueError(f"table {NONLOCALITY.name} holds no value to draw")
 
@@ -64,11 +67,14 @@ def draw(nonlocality: pd.DataFrame, intervals: pd.DataFrame | None = None, steps
     figure = Figure(figsize=(width, sum(heights) + 0.4))
     blocks = figure.subfigures(len(pairs), 1, squeeze=False, height_ratios=heights)
     for block, of_pair in zip(blocks[:, 0], pairs.values(), strict=True):
-        _draw_pair(block, of_pair, columns, "task" if steps is None else "steps since initialisation (thousands)")
+        _draw_pair(
+            block, of_pair, columns, "task" if steps is None else "steps since initialisation (thousands)", first
+        )
 
     handles = {}
     for axes in figure.axes:
-        axes.set_xlim(*(0.5, max(means["x"].max(), 1) + 0.5) if steps is None else (0, 1.05 * means["x"].max()))
+        ends = (first - 0.5, max(means["x"].max(), first) + 0.5)
+        axes.set_xlim(*ends if steps is None else (0, 1.05 * means["x"].max()))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=steps is None or means["x"].max() > 4, min_n_ticks=1))
         handles |= {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     labels = [how["label"] for how in (*SERIES.values(), INITIALISED, UNIFORM) if how["label"] in handles]
@@ -96,7 +102,7 @@ def _thousands(means: pd.DataFrame, frame: pd.DataFrame, steps: pd.DataFrame) ->
     return found["steps"].where(found["task"] != INITIAL, 0).to_numpy() / 1000
 
 
-def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int, label: str) -> None:
+def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int, label: str, first: int) -> None:
     """A panel a layer; `means` [kind, layer, training, x -> d_loc, d_uniform] of one pair, in patches."""
     kinds = means.sort_values("layer")["kind"].unique()
     block.suptitle(f"{' + '.join(kinds)}  ({means['pair'].iloc[0]})", weight="bold")
@@ -106,7 +112,7 @@ def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int, label: str) 
     for axes in panels[:, 0]:
         axes.set_ylabel(r"$D_\mathrm{loc}$ (patches)")
     for axes, (layer, of_layer) in zip(panels.flat, layers, strict=False):
-        axes.set_title(f"layer {layer + 1}" + f", {of_layer['kind'].iloc[0]}" * (len(kinds) > 1))
+        axes.set_title(f"layer {layer + first}" + f", {of_layer['kind'].iloc[0]}" * (len(kinds) > 1))
         _draw_layer(axes, of_layer)
         low, high = (means[[end, "d_loc"]] for end in ("low", "high"))
         _fold(axes, low.min(axis=None), high.max(axis=None), means["d_uniform"].max())

@@ -327,7 +327,7 @@ def _renamed(other: str, group: dict[str, str]) -> str:
 
 def _distances_figure(tables: Tables, lpa: tuple[bool, ...]):
     means, sure, runs = distances_of(tables, ("baseline",), lpa)
-    return _distances_frame(means, sure), nonlocality_over_tasks.draw(means, sure), runs["run"]
+    return _distances_frame(means, sure), nonlocality_over_tasks.draw(means, sure, first=1), runs["run"]
 
 
 def _distances_frame(means: pd.DataFrame, sure: pd.DataFrame) -> pd.DataFrame:
@@ -353,7 +353,7 @@ def by_steps(tables: Tables):
     taken = need(runs[["run", "group"]].merge(tables["steps.csv"], on="run"), "no steps of these runs")
     taken = taken.groupby(["group", "task"], as_index=False)["steps"].first().rename(columns={"group": "run"})
     frame = _distances_frame(means, sure).merge(taken, on=["run", "task"], how="left")
-    return frame, nonlocality_over_tasks.draw(means, sure, taken), runs["run"]
+    return frame, nonlocality_over_tasks.draw(means, sure, taken, first=1), runs["run"]
 
 
 def gaps(tables: Tables):
@@ -391,7 +391,7 @@ def fig5(tables: Tables):
     own = distances[distances["task"] != INITIAL].groupby(["run", "task", "layer"], as_index=False)["d_loc"].mean()
     own["layer"] = "block " + own["layer"].astype(str)
     frame = frame.merge(own, on=["run", "task", "layer"], how="left")
-    return frame, transfer.draw(served, distances), runs["run"]
+    return frame, transfer.draw(served, distances, first=1), runs["run"]
 
 
 def fig7(tables: Tables):

@@ -13,11 +13,14 @@ from locality_probe.tables import INITIAL, SPECTRUM
 
 
 @style.look()
-def draw(spectrum: pd.DataFrame, layer: str = "token", group: str = "all", normalised: bool = True) -> Figure:
-    """Eigenvalues against their rank (counted from 1), both logarithmic: a panel a run, a line a task (counted from 1).
+def draw(
+    spectrum: pd.DataFrame, layer: str = "token", group: str = "all", normalised: bool = True, first: int = 0
+) -> Figure:  # fmt: skip
+    """Eigenvalues against their rank (1 is the largest), both logarithmic: one panel per run, one line per task.
 
     `spectrum` has the columns of SPECTRUM. normalised: over their sum, so that networks of other feature norms compare.
-    The network as initialised is dashed. Raises ValueError for a layer or group that is not there.
+    first: the number of the first task in the drawing; 1 in the paper's figures. The network as initialised is dashed.
+    Raises ValueError for a layer or group that is not there.
     """
     frame = SPECTRUM.check(spectrum)
     for column, wanted in (("layer", layer), ("group", group)):
@@ -31,14 +34,14 @@ def draw(spectrum: pd.DataFrame, layer: str = "token", group: str = "all", norma
     figure = Figure(figsize=(2.3 * across + 1.0, 2.1 * down + 0.3))
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     last = max(frame["task"].max(), 0)
-    colours, scale = matplotlib.colormaps[style.SEQUENTIAL], Normalize(1, max(last + 1, 2))
+    colours, scale = matplotlib.colormaps[style.SEQUENTIAL], Normalize(first, first + max(last, 1))
     for axes, (run, rows) in zip(panels.flat, runs.items(), strict=False):
         axes.set_title(run)
         axes.set(xscale="log", yscale="log")
         for task, values in rows.groupby("task"):
             values = values[values[column] > 1e-12 * values[column].max()]  # rounding is no eigenvalue
             start = {"color": style.REFERENCE, "linestyle": "--", "linewidth": 1, "label": "as initialised"}
-            how = start if task == INITIAL else {"color": colours(scale(task + 1)), "label": f"task {task + 1}"}
+            how = start if task == INITIAL else {"color": colours(scale(task + first)), "label": f"task {task + first}"}
             axes.plot(values["rank"] + 1, values[column], **how)
     for axes in panels.flat[len(runs) :]:
         axes.remove()

@@ -13,11 +13,12 @@ from locality_probe.tables import NONLOCALITY, TRANSFER
 
 
 @style.look()
-def draw(transfer: pd.DataFrame, nonlocality: pd.DataFrame, probe: str = "linear") -> Figure:
-    """A column a run, a line a task (layers and tasks counted from 1): above, accuracy on future classes after each block,
+def draw(transfer: pd.DataFrame, nonlocality: pd.DataFrame, probe: str = "linear", first: int = 0) -> Figure:
+    """One column per run, one line per task: above, accuracy on future classes after each block,
     less that of the network as initialised on the same classes; below, D_loc of the block's attention in patches.
 
-    `transfer`, `nonlocality`: tables TRANSFER and NONLOCALITY. Raises ValueError for other tables and an unknown probe.
+    `transfer`, `nonlocality`: tables TRANSFER and NONLOCALITY. first: the number of the first task and layer in the drawing;
+    1 in the paper's figures. Raises ValueError for other tables and an unknown probe.
     """
     frame, distances = TRANSFER.check(transfer), NONLOCALITY.check(nonlocality)
     if probe not in set(frame["probe"]):
@@ -33,14 +34,14 @@ def draw(transfer: pd.DataFrame, nonlocality: pd.DataFrame, probe: str = "linear
     figure = Figure(figsize=(max(3.2, 1.9 * len(runs) + 1.1), 3.6))
     panels = figure.subplots(2, len(runs), squeeze=False, sharex=True, sharey="row")
     last = frame["task"].max()
-    colours, scale = matplotlib.colormaps[style.SEQUENTIAL], Normalize(1, max(last + 1, 2))
+    colours, scale = matplotlib.colormaps[style.SEQUENTIAL], Normalize(first, first + max(last, 1))
     for (above, below), run in zip(panels.T, runs, strict=True):
         above.set_title(run)
         above.axhline(0, color=style.REFERENCE, linestyle="--", linewidth=1)
         for task in sorted(set(frame.loc[frame["run"] == run, "task"])):
-            how = {"color": colours(scale(task + 1)), "marker": "o", "label": f"task {task + 1}"}
+            how = {"color": colours(scale(task + first)), "marker": "o", "label": f"task {task + first}"}
             for axes, values in ((above, gain[run, task]), (below, means[run, task])):
-                axes.plot(values.index + 1, values, **how)
+                axes.plot(values.index + first, values, **how)
         below.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         below.set_xlabel("layer")
     panels[0, 0].set_ylabel("accuracy on future classes,\nover initialisation (points)")

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from locality_probe.record import Layer as Layer
     from locality_probe.record import Maps as Maps
     from locality_probe.record import watching as watching
-    from locality_probe.subject import LIBRARIES as LIBRARIES
     from locality_probe.subject import Subject as Subject
     from locality_probe.subject import from_file as from_file
     from locality_probe.subject import from_hf as from_hf
     from locality_probe.subject import from_run as from_run
     from locality_probe.subject import from_timm as from_timm
     from locality_probe.subject import from_torchvision as from_torchvision
+    from locality_probe.typed import LIBRARIES as LIBRARIES
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ __version__ = "0.1.0"
 # two an import then gave would depend on what was imported before. So `record` is in locality_probe.record alone.
 PUBLIC = {
     "HeatMaps": "heatmap",
-    "LIBRARIES": "subject",
+    "LIBRARIES": "typed",
     "Layer": "record",
     "LocalityLog": "log",
     "MEASURES": "measures",

@@ -5,6 +5,7 @@ Layers pair, heads do not: between two networks that were trained apart a head h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pandas as pd
 
 from cil import checkpoint
 from locality_probe.intervals import bootstrap, check_same_images, layer_means, over_seeds, simultaneous
+from locality_probe.plan import Plan
 from locality_probe.subject import is_task_of_run
-from locality_probe.tables import ALL_TASKS, COMPARISON, INITIAL
+from locality_probe.survey import survey
+from locality_probe.tables import ALL_TASKS, COMPARISON, INITIAL, compared
 
 Side = tuple[str, int | None]  # a run, model or file by its name in the tables, and one task of it, or None for all
 
@@ -75,6 +78,18 @@ def compare(
     })  # fmt: skip
     frame["verdict"] = [_verdict(*row) for row in zip(low_all, high_all, margin * frame["d_uniform"], strict=True)]
     return COMPARISON.check(frame)
+
+
+def measure(
+    plan: Plan, pairs: list[tuple[str, str]], device: str = "cpu", report: Callable[[str], None] = lambda done: None
+) -> pd.DataFrame:
+    """The table COMPARISON of pairs of run directories or weights files, which `plan` measures all on the same images.
+
+    Raises ValueError as `compare` and `survey` do.
+    """
+    result = survey((make() for make in plan.subjects), plan.images, device, report)
+    sides = [tuple(side_of(path) for path in pair) for pair in pairs]
+    return compare(result.per_image, result.nonlocality, sides)
 
 
 def _verdict(low: float, high: float, margin: float) -> str:
@@ -142,13 +157,13 @@ def confounders(pairs: list[tuple[str, str]]) -> list[str]:
 
 def format_table(frame: pd.DataFrame) -> str:
     """The COMPARISON table as text: task x layer, difference and simultaneous interval, then a sentence a layer."""
-    first = frame.iloc[0]
+    first, (name, other) = frame.iloc[0], compared(frame)
     layers = sorted(frame["layer"].unique())
     at_once = f"all {len(frame)} rows" if first["over"].startswith("images") else "all layers of a task"
     texts = [f"{r.difference:+.3f} [{r.low_all:+.3f}, {r.high_all:+.3f}]" for r in frame.itertuples()]
     width = max(map(len, texts)) + 2
     lines = [
-        f"{first['run']} minus {first['other']}: D_loc in patches, mean over heads; 95 % intervals over {first['n']} "
+        f"{name} minus {other}: D_loc in patches, mean over heads; 95 % intervals over {first['n']} "
         f"{first['over']}, for {at_once} at once",
         f"{'task':>8}" + "".join(f"{f'layer {layer}':>{width}}" for layer in layers),
     ]
@@ -164,7 +179,7 @@ def format_table(frame: pd.DataFrame) -> str:
             for v in WORDS
             if v in counts
         ]
-        lines.append(f"layer {layer}: {first['run']} {', '.join(parts)} of {len(rows)} task{'s' * (len(rows) > 1)}")
+        lines.append(f"layer {layer}: {name} {', '.join(parts)} of {len(rows)} task{'s' * (len(rows) > 1)}")
     if first["over"].startswith("images"):
         lines.append("These intervals are over images alone: another seed may move more than they say.")
     return "\n".join(lines)

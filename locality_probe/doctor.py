@@ -11,7 +11,8 @@ from torch import nn
 from cil import checkpoint
 from locality_probe.probe import NO_PATCHES
 from locality_probe.record import Layer, watching
-from locality_probe.subject import LIBRARIES, Subject, forms, from_file, from_model_option, from_run
+from locality_probe.subject import Subject, from_file, from_model_option, from_run
+from locality_probe.typed import Typed, check_model
 
 BATCH = 2  # with one image alone, windows could not be told from images
 
@@ -34,23 +35,23 @@ def find(model: str, weights: Path | None = None, pretrained: bool = False) -> S
     path = Path(model)
     if path.is_file() or path.is_dir():
         if weights or pretrained:
-            raise ValueError(f"{model} has its own weights: leave --weights and --pretrained away")
+            raise Typed(f"{model} has its own weights: leave --weights and --pretrained away")
         directory = checkpoint.open_run(path) if path.is_dir() else None
         if directory and not directory.tasks:
             raise ValueError(f"{model} has no finished task yet")
         return from_run(directory, directory.tasks[-1]) if directory else from_file(path)
-    if model.partition("/")[0] not in LIBRARIES:
-        raise ValueError(f"no model {model!r}: give a run directory, a weights file, {forms()}")
+    check_model(model)
     return from_model_option(model, weights, pretrained, warn=lambda sentence: None)
 
 
 def examine_subject(
-    subject: Subject, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None
+    subject: Subject, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None, device: str = "cpu"
 ) -> list[Layer]:
     """`examine` on two images of noise, of the size that the subject's network takes."""
     noise = torch.randint(256, (300, 300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x = subject.preprocess(Image.fromarray(noise.numpy()))
-    return examine(subject.model, torch.stack([x, x.flip(-1)]), grid=grid, num_prefix_tokens=num_prefix_tokens)
+    model, pair = subject.model.to(device), torch.stack([x, x.flip(-1)]).to(device)
+    return examine(model, pair, grid=grid, num_prefix_tokens=num_prefix_tokens)
 
 
 def format_layers(layers: list[Layer]) -> str:

@@ -1,8 +1,7 @@
-"""Attention over one image: which query, layer, head and checkpoint, as arrays ready to draw."""
+"""The instrument's: attention over one image from a query, by layer, head and checkpoint, as arrays ready to draw."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +16,79 @@ from cil.files import atomically
 from locality_probe.record import Layer, Recorded, record
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL
+from locality_probe.typed import Patch, Pixel, Typed, parse_heads, parse_layers, parse_query, split_checkpoint
 
 AXES = ("run", "task", "layer", "head")
+Query = str | Patch  # mean, cls, or a patch
+
+
+@dataclass(frozen=True)
+class Panel:
+    """attention: float32 [g_h, g_w], of the query on each patch (a map over all patches sums to at most 1; prefix tokens get
+    the rest), or a difference of it; seen: uint8 [H, W, 3], the picture as this panel's network sees it; query: its patch,
+    or None where the query is no patch."""
+
+    attention: np.ndarray
+    seen: np.ndarray
+    query: Patch | None
+
+
+Panels = dict[tuple, Panel]  # (run, task, layer, head) -> panel
 
 
 @dataclass(frozen=True)
 class HeatMaps:
-    """maps: float32 [rows, columns, g_h, g_w], attention of the query on each patch (a map over all patches sums to at
-    most 1; prefix tokens get the rest), or differences of it; image: uint8 [H, W, 3] as the network sees it; query: (row,
-    column) or None; left_out: a sentence for each layer that could not be drawn with the others."""
+    """panels: [rows][columns], None where a checkpoint has no such layer or head; left_out: a sentence for each layer that
+    could not be drawn with the others."""
 
-    image: np.ndarray
-    maps: np.ndarray
+    panels: list[list[Panel | None]]
     row_labels: list[str]
     column_labels: list[str]
-    query: tuple[int, int] | None
     title: str
     left_out: list[str]
 
+    @property
+    def maps(self) -> np.ndarray:
+        """float32 [rows, columns, g_h, g_w]; NaN where there is no panel."""
+        shape = self._first.attention.shape
+        empty = np.full(shape, np.nan, dtype=np.float32)
+        return np.stack([[empty if p is None else p.attention for p in row] for row in self.panels]).astype(np.float32)
+
+    @property
+    def image(self) -> np.ndarray:
+        """uint8 [H, W, 3]: the picture as the network of the first panel sees it."""
+        return self._first.seen
+
+    @property
+    def query(self) -> Patch | None:
+        """The patch that looks, where it is the same in all panels."""
+        found = {panel.query for row in self.panels for panel in row if panel}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def _first(self) -> Panel:
+        return next(panel for row in self.panels for panel in row if panel)
+
+    def drawing(self) -> dict[str, object]:
+        """The arguments of figures.attention_maps.draw, but for the colour scale."""
+        return {
+            "image": self.image,
+            "maps": self.maps,
+            "row_labels": self.row_labels,
+            "column_labels": self.column_labels,
+            "query": [[panel and panel.query for panel in row] for row in self.panels],
+            "seen": [[panel and panel.seen for panel in row] for row in self.panels],
+            "title": self.title,
+        }
+
     def save(self, path: Path, scale: str = "shared") -> Path:
-        """The raw arrays as .npz, and what they are: labels, title, query and the colour scale of the picture."""
+        """The raw arrays as .npz, and what they are: labels, title, query and the colour scale of the picture.
+
+        query: [2], or empty where it is no patch or not one for all; queries: [rows, columns, 2], -1 where there is none.
+        """
         arrays = {"image": self.image, "maps": self.maps, "rows": self.row_labels, "columns": self.column_labels}
         arrays |= {"title": self.title, "scale": scale, "query": [] if self.query is None else self.query}
+        arrays["queries"] = [[(panel and panel.query) or (-1, -1) for panel in row] for row in self.panels]
 
         def write(part: Path) -> None:
             with open(part, "wb") as file:
@@ -48,12 +98,9 @@ class HeatMaps:
         return path
 
 
-Panels = dict[tuple, np.ndarray]  # (run, task, layer, head) -> [g_h, g_w]
-
-
 def heat_maps(
     subjects: list[Subject], image: Image.Image, layer: str = "all", head: str = "mean", query: str = "mean",
-    rollout: bool = False, difference: bool = False, columns: str | None = None,
+    rollout: bool = False, difference: bool = False, columns: str | None = None, device: str = "cpu",
 ) -> HeatMaps:  # fmt: skip
     """Attention of each subject over `image`.
 
@@ -61,80 +108,94 @@ def heat_maps(
     the newest), ROW,COLUMN in patches, or pixel:ROW,COLUMN of `image`. rollout: attention as it adds up from the first
     layer on, heads averaged, half of it residual (Abnar & Zuidema 2020). difference: of two subjects, the second minus
     the first. columns: run, task, layer or head; without it tasks if there are several, else runs, heads, layers; rows are
-    the rest. Raises ValueError for a layer, head or query that is not there.
+    the rest. Raises Typed for a layer, head or query that is not there, and ValueError for what does not go into one picture.
     """
-    layers = None if layer == "all" else _numbers(layer, "layer")
+    layers, heads, asked = parse_layers(layer), parse_heads(head), parse_query(query)
     if rollout and head != "mean":
-        raise ValueError(f"head={head!r} does not go with rollout, which averages heads")
-    if difference and len(subjects) != 2:
-        raise ValueError(
-            f"a difference is of two checkpoints, and there are {len(subjects)}: like RUN_DIR:0 and RUN_DIR:4"
-        )
-    if difference and head != "mean" and subjects[0].run != subjects[1].run:
-        raise ValueError(
-            f"head={head!r}: heads of {subjects[0].run} and {subjects[1].run} do not pair; their mean does"
-        )
+        raise Typed(f"head={head!r} does not go with rollout, which averages heads")
+    if difference:
+        _check_pair(subjects, head)
     panels: Panels = {}
-    grid, left_out, where = None, [], None
+    grid, left_out, patches = None, [], {}
     for subject in subjects:
-        x = subject.preprocess(image)[None]
-        where = _query(query, subject, image)
-        try:
-            found = record(
-                subject.model, x, _rows_of if rollout else _measure(where), subject.grid, subject.num_prefix_tokens
-            )
-        except ValueError as error:
-            raise ValueError(f"{subject.run}: {error}") from None
-        if rollout:
-            found = _rolled(found, where, subject.run)
-        there = [item.layer.index for item in found]
-        missing = [number for number in layers or [] if number not in there]
-        if missing:
-            raise ValueError(f"no layer {missing[0]} in {subject.run}; there: {', '.join(map(str, there))}")
-        usable = [item for item in found if item.values]
-        if not usable:
-            raise ValueError(_no_query(query, found))
-        for item in found if layers is None else [found[number] for number in layers]:
-            if not item.values:
-                if layers is not None:
-                    others = ", ".join(str(other.layer.index) for other in usable)
-                    raise ValueError(_no_query(query, [item]) + f"; layers with it: {others}")
-                continue
-            if grid is not None and item.layer.grid != grid:
+        resolved = patch_under(asked, subject, image, device) if isinstance(asked, Pixel) else asked
+        patch = patches[subject.run] = resolved if isinstance(resolved, tuple) else None
+        items = chosen(attention_of(subject, image, resolved, rollout, device), layers, query, subject.run)
+        grid = grid or items[0].layer.grid
+        seen = np.asarray(subject.crop(image.convert("RGB")))
+        for item in items:
+            if item.layer.grid != grid:
                 sentence = f"layer {item.layer.index} of {subject.run} has a grid of {item.layer.grid}, others {grid}"
-                if layers is not None or item is usable[0]:
+                if layers is not None or item is items[0]:
                     raise ValueError(f"{sentence}; draw them one by one")
                 left_out.append(f"left out: {sentence}")
                 continue
-            grid = item.layer.grid
-            maps = item.values["map"][0].numpy()  # [H, g_h, g_w]
-            if not np.isfinite(maps).all():
-                raise ValueError(
-                    f"layer {item.layer.index} ({item.layer.name}) of {subject.run} gives attention that is not finite"
-                )
-            for name, one in _heads(maps, head, subject.run).items():
-                task = None if subject.training == "model" else subject.task
-                key = subject.run, task, item.layer.index, name
-                if key in panels:
-                    raise ValueError(
-                        f"two checkpoints are called {subject.run}, task {subject.task}; draw them one by one"
-                    )
-                panels[key] = one
+            _add(panels, subject, item, heads, seen, patch)
     if difference:
         panels = _difference(panels)
-    maps, rows, names, shared = _arrange(panels, columns)
-    seen = np.asarray(subjects[0].crop(image.convert("RGB")))
-    labels = {"mean": "mean over all patches", "cls": "class or task token"}
-    label = labels.get(query, f"patch {where[0]},{where[1]}" if isinstance(where, tuple) else query)
-    title = ", ".join(filter(None, (shared, "rollout" * rollout, f"query: {label}")))
-    return HeatMaps(seen, maps, rows, names, where if isinstance(where, tuple) else None, title, left_out)
+    title = (["rollout"] if rollout else []) + [f"query: {_words(asked, set(patches.values()))}"]
+    return _arrange(panels, columns, patches, title, left_out)
 
 
-def _numbers(text: str, what: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{what}={text!r} is neither all nor numbers like 0,2")
-    return [int(part) for part in parts]
+def _check_pair(subjects: list[Subject], head: str) -> None:
+    """Raises Typed for what is no pair to subtract."""
+    if len(subjects) != 2:
+        raise Typed(f"a difference is of two checkpoints, and there are {len(subjects)}: like RUN_DIR:0 and RUN_DIR:4")
+    first, second = (subject.run for subject in subjects)
+    if head != "mean" and first != second:
+        raise Typed(f"head={head!r}: heads of {first} and {second} do not pair; their mean does")
+
+
+def attention_of(
+    subject: Subject, image: Image.Image, query: Query, rollout: bool = False, device: str = "cpu"
+) -> list[Recorded]:
+    """Each layer's attention from the query: {map: [1, H, g_h, g_w]} on the CPU, or nothing where it has no such query.
+
+    Raises ValueError that names the subject where its layers cannot be seen.
+    """
+    model, x = subject.model.to(device), subject.preprocess(image)[None].to(device)
+    try:
+        measure = _rows_of if rollout else _measure(query)
+        found = record(model, x, measure, subject.grid, subject.num_prefix_tokens)
+    except Typed:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{subject.run}: {error}") from None
+    return _rolled(found, query, subject.run) if rollout else found
+
+
+def chosen(found: list[Recorded], layers: list[int] | None, query: str, run: str) -> list[Recorded]:
+    """The layers that were asked for, or with None all that have such a query. Raises Typed where there is none of them."""
+    there = [item.layer.index for item in found]
+    missing = [number for number in layers or [] if number not in there]
+    if missing:
+        raise Typed(f"no layer {missing[0]} in {run}; there: {', '.join(map(str, there))}")
+    usable = [item for item in found if item.values]
+    if not usable:
+        raise Typed(_no_query(query, found))
+    if layers is None:
+        return usable
+    for number in layers:
+        if not found[number].values:
+            others = ", ".join(str(item.layer.index) for item in usable)
+            raise Typed(_no_query(query, [found[number]]) + f"; layers with it: {others}")
+    return [found[number] for number in layers]
+
+
+def _add(
+    panels: Panels, subject: Subject, item: Recorded, heads: list[int] | str, seen: np.ndarray, patch: Patch | None
+) -> None:
+    """The panels of one layer. Raises ValueError for attention that is not finite, and for two panels of one name."""
+    maps = item.values["map"][0].numpy()  # [H, g_h, g_w]
+    if not np.isfinite(maps).all():
+        name = f"layer {item.layer.index} ({item.layer.name}) of {subject.run}"
+        raise ValueError(f"{name} gives attention that is not finite")
+    task = None if subject.training == "model" else subject.task
+    for name, attention in _heads(maps, heads, subject.run).items():
+        key = subject.run, task, item.layer.index, name
+        if key in panels:
+            raise ValueError(f"two checkpoints are called {subject.run}, task {subject.task}; draw them one by one")
+        panels[key] = Panel(attention, seen, patch)
 
 
 def _difference(panels: Panels) -> Panels:
@@ -144,71 +205,78 @@ def _difference(panels: Panels) -> Panels:
     if not common:
         raise ValueError("the two checkpoints have no layer and head in common")
     names = [run if task is None else f"{run}:{'init' if task == INITIAL else task}" for run, task in (first, second)]
-    run = f"{names[1]} minus {names[0]}"
-    return {(run, None, *place): panels[(*second, *place)] - panels[(*first, *place)] for place in common}
+    run, found = f"{names[1]} minus {names[0]}", {}
+    for place in common:
+        a, b = panels[(*first, *place)], panels[(*second, *place)]
+        if a.query != b.query:
+            raise Typed(
+                f"the pixel is in patch {a.query} of {names[0]} and in {b.query} of {names[1]}: no difference of them"
+            )
+        found[(run, None, *place)] = Panel(b.attention - a.attention, a.seen, a.query)
+    return found
+
+
+def _words(asked: str | Patch | Pixel, patches: set[Patch | None]) -> str:
+    """The query in words: a pixel by its patch, where that is the same for all networks."""
+    (patch,) = patches if len(patches) == 1 else (None,)
+    return (
+        _patch_words(patch)
+        if patch
+        else {"mean": "mean over all patches", "cls": "class or task token"}.get(asked, str(asked))
+    )
+
+
+def _patch_words(patch: Patch) -> str:
+    return f"patch {patch[0]},{patch[1]}"
 
 
 def parse_checkpoint(spec: str) -> list[Callable[[], Subject]]:
-    """RUN_DIR, RUN_DIR:task or RUN_DIR:all -> what to draw, loaded when called. Without a task: the last one."""
-    path, which = re.fullmatch(r"(.*?)(?::(init|all|\d+))?", spec, re.DOTALL).groups()
-    run, _, wrong = path.rpartition(":")
-    if wrong and Path(run, "run.json").is_file():
-        raise ValueError(f"no task {wrong!r} of {run}: a number, init or all")
+    """RUN_DIR, RUN_DIR:task or RUN_DIR:all -> what to draw, loaded when called. Without a task: the last one.
+
+    Raises Typed for a task that is not there.
+    """
+    path, which = split_checkpoint(spec)
     directory = checkpoint.open_run(path)
     if not directory.tasks:
         raise ValueError(f"{path} has no finished task yet")
     tasks = {"all": directory.tasks, "init": [INITIAL], None: directory.tasks[-1:]}.get(which) or [int(which)]
+    if missing := set(tasks) - {INITIAL, *directory.tasks}:
+        raise Typed(f"no task {min(missing)} in {path}; there: {', '.join(map(str, directory.tasks))}")
     return [lambda task=task: from_run(directory, task) for task in tasks]
 
 
-def newest_run(root: Path = Path("runs")) -> Path | None:
-    """The run directory under `root` whose last task is the newest, or None."""
-    weights = [w for run in root.glob("**/run.json") for w in run.parent.glob("task_*.safetensors")]
-    return max(weights, key=lambda path: path.stat().st_mtime).parent if weights else None
+def patch_under(pixel: Pixel, subject: Subject, image: Image.Image, device: str = "cpu") -> Patch:
+    """The patch that shows a pixel of the picture: two ramps go through the crop that the network's input goes through.
 
-
-Query = str | tuple[int, int]  # mean, cls, or a patch as (row, column)
-
-
-def _query(query: str, subject: Subject, image: Image.Image) -> Query:
-    """What was asked for; a pixel becomes the patch that shows it."""
-    if query in ("mean", "cls"):
-        return query
-    match = re.fullmatch(r"(pixel:)?(\d+),(\d+)", query)
-    if not match:
-        raise ValueError(
-            f"query={query!r} is neither mean, cls, ROW,COLUMN in patches, like 3,4, nor pixel:ROW,COLUMN, like pixel:120,64"
-        )
-    place = int(match[2]), int(match[3])
-    return _patch_under(place, subject, image) if match[1] else place
-
-
-def _patch_under(pixel: tuple[int, int], subject: Subject, image: Image.Image) -> tuple[int, int]:
-    """The patch that shows a pixel of the picture: two ramps go through the crop that the network's input goes through."""
+    Raises Typed for a pixel outside the picture or the crop.
+    """
     height, width = image.height, image.width
-    if pixel[0] >= height or pixel[1] >= width:
-        raise ValueError(f"pixel {pixel[0]},{pixel[1]} is outside the picture of {height} rows and {width} columns")
+    if pixel.row >= height or pixel.column >= width:
+        raise Typed(f"{pixel} is outside the picture of {height} rows and {width} columns")
     ramps = np.zeros((height, width, 3), dtype=np.uint8)
     ramps[..., 0], ramps[..., 1] = np.linspace(0, 255, height).round()[:, None], np.linspace(0, 255, width).round()
     seen = np.asarray(subject.crop(Image.fromarray(ramps))).astype(float)
-    wanted = [255 * place / max(side - 1, 1) for place, side in zip(pixel, (height, width), strict=True)]
+    places = zip((pixel.row, pixel.column), (height, width), strict=True)
+    wanted = [255 * place / max(side - 1, 1) for place, side in places]
     away = np.maximum(*(np.abs(seen[..., i] - value) for i, value in enumerate(wanted)))
     y, x = np.unravel_index(away.argmin(), away.shape)
     step = max(np.abs(np.diff(seen[..., 0], axis=0)).max(), np.abs(np.diff(seen[..., 1], axis=1)).max())
     if away.min() > 1 + step:
-        raise ValueError(
-            f"pixel {pixel[0]},{pixel[1]} is cropped away before {subject.run} sees it; choose one nearer the centre"
-        )
-    grid = _grid_of(subject)
+        raise Typed(f"{pixel} is cropped away before {subject.run} sees it; choose one nearer the centre")
+    grid = _grid_of(subject, device)
     return int(y * grid[0] // away.shape[0]), int(x * grid[1] // away.shape[1])
 
 
-def _grid_of(subject: Subject) -> tuple[int, int]:
-    """The grid of the subject's first layer between patches."""
+def _grid_of(subject: Subject, device: str) -> Patch:
+    """The grid of the subject's first layer between patches. Raises ValueError where no layer is."""
     size = subject.crop(Image.new("RGB", (64, 64)))
-    x = torch.zeros(1, 3, size.height, size.width)
-    found = record(subject.model, x, lambda attention, layer: {}, subject.grid, subject.num_prefix_tokens)
-    return next(item.layer.grid for item in found if item.layer.status == "ok" and item.layer.between_patches)
+    x = torch.zeros(1, 3, size.height, size.width, device=device)
+    model = subject.model.to(device)
+    found = record(model, x, lambda attention, layer: {}, subject.grid, subject.num_prefix_tokens)
+    for item in found:
+        if item.layer.status == "ok" and item.layer.between_patches:
+            return item.layer.grid
+    raise ValueError(f"no layer of {subject.run} has attention between patches, so no patch shows a pixel")
 
 
 def _measure(query: Query):
@@ -227,7 +295,7 @@ def _row(attention: Tensor, layer: Layer, query: Query) -> Tensor | None:
     """What the query attends to, [b, H, K], or None where the layer has no such query."""
     prefix = layer.num_prefix_tokens
     if isinstance(query, tuple) and not all(0 <= q < g for q, g in zip(query, layer.grid, strict=True)):
-        raise ValueError(f"query patch {query} is outside the grid of {layer.grid[0]} x {layer.grid[1]} patches")
+        raise Typed(f"query patch {query} is outside the grid of {layer.grid[0]} x {layer.grid[1]} patches")
     if query == "cls":
         if layer.between_patches and prefix == 0:
             return None
@@ -241,7 +309,7 @@ def _row(attention: Tensor, layer: Layer, query: Query) -> Tensor | None:
 
 def _rows_of(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
     """record's measure for the rollout: mean over heads [b, 1, Q, K], or nothing within windows."""
-    return {"rows": attention.mean(1, keepdim=True)} if layer.extent == "grid" else {}
+    return {"rows": attention.mean(1, keepdim=True).cpu()} if layer.extent == "grid" else {}
 
 
 def _rolled(found: list[Recorded], query: Query, run: str) -> list[Recorded]:
@@ -285,39 +353,45 @@ def _no_query(query: str, found: list[Recorded]) -> str:
     return f"there is no {what} among the queries of {where}" + (f" ({reason})" if reason else "")
 
 
-def _heads(maps: np.ndarray, head: str, run: str) -> dict[str, np.ndarray]:
-    """[H, g_h, g_w] -> the chosen heads by label."""
-    if head == "mean":
+def _heads(maps: np.ndarray, heads: list[int] | str, run: str) -> dict[str, np.ndarray]:
+    """[H, g_h, g_w] -> the chosen heads by label. Raises Typed for a head that is not there."""
+    if heads == "mean":
         return {"mean": maps.mean(0)}
-    numbers = range(len(maps)) if head == "all" else [int(n) for n in head.split(",") if n.isdecimal()]
-    if not numbers or max(numbers) >= len(maps) or (head != "all" and len(numbers) < len(head.split(","))):
-        raise ValueError(f"no head {head} in {run}; there: 0 to {len(maps) - 1}, mean, all")
+    numbers = range(len(maps)) if heads == "all" else heads
+    if max(numbers) >= len(maps):
+        raise Typed(f"no head {','.join(map(str, heads))} in {run}; there: 0 to {len(maps) - 1}, mean, all")
     return {str(h): maps[h] for h in numbers}
 
 
-def _arrange(panels: Panels, columns_are: str | None = None) -> tuple[np.ndarray, list[str], list[str], str]:
-    """Panels -> maps [rows, columns, g_h, g_w], labels of rows and columns, and what all panels share; columns are what
-    `columns_are` says, or tasks if there are several, else runs, heads, layers. A missing panel is NaN."""
+def _arrange(
+    panels: Panels, columns_are: str | None, patches: dict[str, Patch | None], title: list[str], left_out: list[str]
+) -> HeatMaps:
+    """Panels in rows and columns, with their labels; the title begins with what all panels share. Columns are what
+    `columns_are` says, or tasks if there are several, else runs, heads, layers. Where runs have several `patches`, each
+    run's label names its own."""
     names = ("", "task", "layer", "head")
     values = [list(dict.fromkeys(key[axis] for key in panels)) for axis in range(4)]
     several = [axis for axis in (1, 0, 3, 2) if len(values[axis]) > 1]  # columns: the first of these that varies
     across = AXES.index(columns_are) if columns_are else several[0] if several else 0
+    rest = [axis for axis in range(4) if axis != across]
 
     def label(axis: int, value: object) -> str:
+        if axis == 0 and len(set(patches.values())) > 1 and patches.get(value):
+            return f"{value}, {_patch_words(patches[value])}"
         value = "init" if axis == 1 and value == INITIAL else value
         return "" if value is None else f"{names[axis]} {value}".strip()
 
+    def join(row: tuple, varying: bool) -> str:
+        axes = zip(rest, row, strict=True)
+        return ", ".join(filter(None, (label(a, v) for a, v in axes if (len(values[a]) > 1) == varying)))
+
     columns = sorted(values[across]) if across in (1, 2) else values[across]
-    rows = list(dict.fromkeys(tuple(v for axis, v in enumerate(key) if axis != across) for key in panels))
-    one = next(iter(panels.values()))
-    maps = np.full((len(rows), len(columns), *one.shape), np.nan, dtype=np.float32)
-    for key, panel in panels.items():
-        row = tuple(v for axis, v in enumerate(key) if axis != across)
-        maps[rows.index(row), columns.index(key[across])] = panel
-    rest = [axis for axis in range(4) if axis != across]
-
-    def join(key: tuple, varying: bool) -> str:
-        chosen = (label(a, v) for a, v in zip(rest, key, strict=True) if (len(values[a]) > 1) == varying)
-        return ", ".join(filter(None, chosen))
-
-    return maps, [join(row, True) for row in rows], [label(across, value) for value in columns], join(rows[0], False)
+    rows = list(dict.fromkeys(tuple(key[axis] for axis in rest) for key in panels))
+    by_place = {(tuple(key[axis] for axis in rest), key[across]): panel for key, panel in panels.items()}
+    return HeatMaps(
+        [[by_place.get((row, column)) for column in columns] for row in rows],
+        [join(row, True) for row in rows],
+        [label(across, column) for column in columns],
+        ", ".join(filter(None, [join(rows[0], False), *title])),
+        left_out,
+    )

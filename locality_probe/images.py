@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cil import data
 from locality_probe.subject import Subject
+from locality_probe.typed import Typed
 
 DEFAULT_N = 256
 
@@ -54,14 +55,14 @@ def load_images(
     source: a folder of image files, a .npy or .npz file with floats [n, 3, H, W] that are already normalised, or the test
     images of digits, cifar100, imagenet100, folder:PATH, or `photos`: the two of scikit-learn.
     classes: of a data set, only these (original class numbers).
-    Raises ValueError for an unknown source, n beyond its size, and values that are not finite.
+    Raises Typed for an unknown source and n beyond its size, and ValueError for files that are not right.
     """
     items, name, eligible = _open(source, data_dir, classes)
     if not len(eligible):
         raise ValueError(f"no images in {source}")
     n = min(DEFAULT_N, len(eligible)) if n is None else n
     if not 1 <= n <= len(eligible):
-        raise ValueError(f"n={n} is not between 1 and the {len(eligible)} images of {source}")
+        raise Typed(f"n={n} is not between 1 and the {len(eligible)} images of {source}")
     generator = torch.Generator().manual_seed(seed)
     index = eligible[torch.randperm(len(eligible), generator=generator)[:n]].sort().values.tolist()
     chosen = items[torch.tensor(index)] if isinstance(items, Tensor) else [items[i] for i in index]
@@ -74,7 +75,10 @@ def load_images(
 def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple[Tensor | list, str, Tensor]:
     """Images or their files, the name of their source, and the places [m] of those that may be drawn."""
     path = Path(source)
-    if source.partition(":")[0] in data.DATASETS and not path.is_dir():
+    kind, _, place = source.partition(":")
+    if kind in data.DATASETS and not path.is_dir():
+        if (kind == "folder") != bool(place):
+            raise Typed(f"no data set {source!r}; there are: {data.names()}")
         test = data.load(source, data_dir).test
         wanted = (
             torch.ones(len(test), dtype=torch.bool)
@@ -92,7 +96,10 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     elif path.is_dir():
         images = data.image_files(path)
     else:
-        raise ValueError(f"no images {source!r}: give a folder, a .npy or .npz file, {data.names()} or photos")
+        is_place = path.exists() or len(path.parts) > 1
+        raise (ValueError if is_place else Typed)(
+            f"no images {source!r}: give a folder, a .npy or .npz file, {data.names()} or photos"
+        )
     return images, source, torch.arange(len(images))
 
 

@@ -13,6 +13,7 @@ from cil.tables import AFTER
 from locality_probe.images import ProbeImages, load_images
 from locality_probe.subject import Subject, from_file, from_model_option, from_run, is_task_of_run
 from locality_probe.tables import INITIAL
+from locality_probe.typed import Typed
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ def runs_of(paths: list[str], tasks: list[int], warn: Callable[[str], None]) -> 
     """Run directories and the joint twins that are there. Raises ValueError for none, two of a name, or a missing task."""
     given = [checkpoint.open_run(path) for path in paths]
     for directory in given:
-        missing = set(tasks) - set(directory.tasks)
-        if not directory.tasks or missing:
-            what = f"no task {min(missing)} in" if directory.tasks else "no finished task in"
-            raise ValueError(f"{what} {directory.path}; there: {', '.join(map(str, directory.tasks)) or 'none'}")
+        if not directory.tasks:
+            raise ValueError(f"no finished task in {directory.path}; there: none")
+        if missing := set(tasks) - set(directory.tasks):
+            raise Typed(f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}")
     directories = [d for d in with_twins(given, warn) if d.tasks]
     _refuse_equal_names([(d.name, d.path) for d in directories])
     return directories
@@ -123,9 +124,7 @@ def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> li
             raise ValueError(f"{directory.path} has no finished task yet; locality-probe train goes on with it")
         missing = set(tasks or ()) - set(directory.tasks)
         if missing:
-            raise ValueError(
-                f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}"
-            )
+            raise Typed(f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}")
         for task in [INITIAL, *(tasks or directory.tasks)]:
             for at_step in [*directory.checkpoints(task), AFTER]:
                 subjects.append(functools.partial(from_run, directory, task, at_step))

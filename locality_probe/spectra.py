@@ -17,6 +17,7 @@ from cil.files import write_provenance
 from locality_probe.features import RunData, load
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL, SPECTRUM, SPECTRUM_SUMMARY
+from locality_probe.typed import Typed
 
 ENOUGH, TOO_FEW = 10, 2  # images per dimension: fewer flatten the spectrum visibly; fewer say nothing
 
@@ -194,7 +195,7 @@ def spectra(
     indices, _ = first.draw("test", None, seed)
     if n is not None:
         if n > len(indices):
-            raise ValueError(f"n={n}, but there are {len(indices)} test images of the run's classes")
+            raise Typed(f"n={n}, but there are {len(indices)} test images of the run's classes")
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
     labels = first.dataset.test.labels[indices]
     tables = []

@@ -17,6 +17,7 @@ from cil import augment, checkpoint, data, foreign, models
 from cil.checkpoint import RunDir
 from cil.tables import AFTER
 from locality_probe.tables import INITIAL
+from locality_probe.typed import LIBRARIES, Typed, split_model, typed
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ def from_run(directory: RunDir, task: int, at_step: int = AFTER) -> Subject:
 def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
     """A timm model with its own data config; from a file, from timm's hub, or untrained by `seed`.
 
-    Raises ValueError for a name that timm does not know and weights that do not fit.
+    Raises Typed for a name that timm does not know, and ValueError for weights that do not fit.
     """
     import timm
 
-    models.check_timm(name)
+    typed(models.check_timm, name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = fetched(name, lambda: timm.create_model(name, pretrained=pretrained))
@@ -87,14 +88,14 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
 def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
     """A torchvision model with the transforms of its default weights; from a file, from the hub, or untrained by `seed`.
 
-    Raises ValueError for a name that torchvision does not know and weights that do not fit.
+    Raises Typed for a name that torchvision does not know, and ValueError for weights that do not fit.
     """
     from torchvision.models import get_model, get_model_weights, list_models
     from torchvision.transforms import functional
 
     if name not in list_models():
         near = difflib.get_close_matches(name, list_models(), n=3)
-        raise ValueError(f"torchvision has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        raise Typed(f"torchvision has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None))
@@ -151,34 +152,10 @@ def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(f"{name} cannot be made: {reason}") from None
 
 
-@dataclass(frozen=True)
-class Library:
-    """Where models come from by name. make: (name, weights file or None, pretrained) -> Subject."""
-
-    make: Callable[[str, Path | None, bool], Subject]
-    names: str = "NAME"  # what follows the slash, as messages call it
-    trained: bool = False  # whether a model has its own weights also without a file and without `pretrained`
-
-
-LIBRARIES = {  # LIBRARY/NAME on the command line; a new library is one line here
-    "timm": Library(from_timm),
-    "torchvision": Library(from_torchvision),
-    "hf": Library(from_hf, "FOLDER", trained=True),
-}
-
-
-def forms() -> str:
-    """How models of each library are named: timm/NAME, torchvision/NAME or hf/FOLDER."""
-    *first, last = (f"{name}/{library.names}" for name, library in LIBRARIES.items())
-    return f"{', '.join(first)} or {last}"
-
-
 def from_model_option(option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None]) -> Subject:
-    """The command line's --model LIBRARY/NAME. Raises ValueError for another library."""
-    library, _, name = option.partition("/")
-    if library not in LIBRARIES or not name:
-        raise ValueError(f"--model {option!r} is not of the form {forms()}, like timm/vit_small_patch16_224")
-    subject = LIBRARIES[library].make(name, weights, pretrained)
+    """The command line's --model LIBRARY/NAME. Raises Typed for another library, and for a name that it does not have."""
+    library, name = split_model(option)
+    subject = LIBRARIES[library].maker()(name, weights, pretrained)
     if weights is None and not pretrained and not LIBRARIES[library].trained:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
     return subject

@@ -38,10 +38,7 @@ NONLOCALITY = Table(
     added={"at_step": AFTER},
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
-        "training": (
-            "str",
-            "incremental | joint (a fresh model a task) | joint-terminal | joint-as-long | model (not one of our runs)",
-        ),
+        "training": ("str", "incremental | joint (a model a task) | joint-terminal | joint-as-long | model (no run)"),
         "kind": ("str", "class of the attention layer"),
         "extent": ("str", "grid: over the whole image | window: inside each window, as in Swin"),
         "images": ("int64", "number of images measured"),
@@ -98,20 +95,24 @@ COMPARISON = Table(
         "d_loc_other": ("float64", "of the second, patches"),
         "difference": ("float64", "first minus second, paired, patches"),
         **_INTERVAL,
-        "low_all": (
-            "float64",
-            "lower end of a 95 % interval that holds at once for all rows (images) or all layers of a task (seeds)",
-        ),
+        "low_all": ("float64", "lower end of a 95 % interval at once for all rows (images) or a task's layers (seeds)"),
         "high_all": ("float64", "its upper end"),
         "d_uniform": ("float64", "d_loc of uniform attention, patches"),
         "over": ("str", "what the intervals are over: images, paired | seeds, paired"),
         "n": ("int64", "number of images or seeds"),
-        "verdict": (
-            "str",
-            "farther | closer (low_all..high_all excludes 0) | equal (it lies within the margin) | undecided",
-        ),
+        "verdict": ("str", "farther | closer (low_all..high_all excludes 0) | equal (within the margin) | undecided"),
     },
 )
+
+
+def compared(comparison: pd.DataFrame) -> tuple[str, str]:
+    """What the sides of one COMPARISON are called: their runs, and run:task where they are not of the same task."""
+    first = comparison.iloc[0]
+    if first["task"] == first["other_task"]:
+        return first["run"], first["other"]
+    sides = ((first["run"], first["task"]), (first["other"], first["other_task"]))
+    return tuple(" + ".join(f"{run}:{task}" for run in runs.split(" + ")) for runs, task in sides)
+
 
 _FEATURES = {
     "run": _MODEL["run"],
@@ -130,10 +131,7 @@ SPECTRUM = Table(
     "spectrum",
     keys=_FEATURES | {"rank": ("int64", "from 0, the largest eigenvalue first")},
     values={
-        "eigenvalue": (
-            "float64",
-            "of the centred covariance of the features, over n - 1; grows with their norm squared",
-        ),
+        "eigenvalue": ("float64", "of the features' centred covariance, over n - 1; grows with their norm squared"),
         "eigenvalue_normalised": ("float64", "over their sum, 0 to 1"),
     },
 )
@@ -165,10 +163,7 @@ TRANSFER = Table(
     keys={key: _FEATURES[key] for key in ("run", "task", "layer")}
     | {
         "group": ("str", "the classes: seen (of tasks 0 to `task`) | future (of later tasks)"),
-        "control": (
-            "str",
-            "none | initial: the network as initialised, on the same images | shuffled: training labels",
-        ),
+        "control": ("str", "none | initial: the network as initialised, same images | shuffled: training labels"),
         "probe": ("str", "knn (cosine, 20 neighbours) | linear (ridge on standardised features)"),
     },
     values={

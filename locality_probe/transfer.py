@@ -31,6 +31,7 @@ from locality_probe.subject import from_run
 from locality_probe.tables import ALL_TASKS, CKA, INITIAL, TRANSFER, TRANSFER_LOCALITY
 
 NEIGHBOURS = 20
+CONTROLS = ("none", "initial", "shuffled")
 PROBES = {
     # Cosine distance and votes by closeness, as self-supervised learning has it (Wu et al. 2018).
     "knn": lambda n: KNeighborsClassifier(min(NEIGHBOURS, n), metric="cosine", weights="distance", algorithm="brute"),
@@ -117,10 +118,12 @@ class Transfer:
 def transfer(
     directories: list[RunDir], tasks: list[int] | None = None, per_class: int = 50, test_per_class: int = 20,
     seed: int = 0, data_dir: str | None = None, device: str = "cpu", report: Callable[[str], None] = lambda run: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> Transfer:  # fmt: skip
     """Of runs on one data set, each after every finished task or those in `tasks`; joint twins among them serve CKA.
 
-    per_class, test_per_class: images of each class that probes are trained and tested on, drawn by `seed`.
+    per_class, test_per_class: images of each class that probes are trained and tested on, drawn by `seed`. warn: is told of
+    layers that CKA leaves out, because only one of two networks has them.
     Raises ValueError for runs whose images or class orders differ, and for too few images.
     """
     first = load(directories[0], data_dir)
@@ -134,32 +137,47 @@ def transfer(
     where = data_dir or directories[0].run.data_dir
     probe = load_images(directories[0].run.dataset, None, seed, where, sorted(directories[0].class_order))
     drawn = Drawn(train, train_labels, test, test_labels, probe, seed)
-    rows, similar, local, distances, seen = [], [], [], [], {}
+    rows, local, distances, seen = [], [], [], {}
     for directory in directories:
         measured = _of_run(directory, RunData(directory, first.dataset), drawn, tasks, device, report)
         rows += measured["rows"]
         local += measured["local"]
         distances.append(measured["distances"])
         seen[directory.name] = measured["features"]
-    for directory in directories:
-        mine = seen[directory.name]
-        for task, layers in mine.items():
-            others = [(directory.name, 0)] if task > 0 and 0 in mine else []
-            others += [(d.name, task) for d in directories if d.twin_of == directory.name and task in seen[d.name]]
-            for other, other_task in others:
-                for layer, x in layers.items():
-                    y = seen[other][other_task][layer]
-                    similar.append({"run": directory.name, "task": task, "layer": layer, "other_run": other,
-                                    "other_task": other_task, "cka": cka(x, y), "images": len(x)})  # fmt: skip
     used = {"source": directories[0].run.dataset, "seed": seed, "train": train.tolist(), "test": test.tolist(),
             "d_loc": probe.describe()}  # fmt: skip
     return Transfer(
         TRANSFER.check(pd.DataFrame(rows, columns=list(TRANSFER.columns))),
-        CKA.check(pd.DataFrame(similar, columns=list(CKA.columns))),
+        CKA.check(pd.DataFrame(_similarities(directories, seen, warn), columns=list(CKA.columns))),
         TRANSFER_LOCALITY.check(pd.DataFrame(local, columns=list(TRANSFER_LOCALITY.columns))),
         pd.concat(distances, ignore_index=True),
         used,
     )
+
+
+def _similarities(
+    directories: list[RunDir], seen: dict[str, dict[int, dict[str, Tensor]]], warn: Callable[[str], None]
+) -> list[dict[str, object]]:
+    """Rows of CKA: each run and task to the run's own task 0 and to the joint twin, by the layers that both have.
+
+    seen: features [images, d] by run, task and layer. A DyTox network has the layer "tokens" from its second task on.
+    """
+    rows, alone = [], {}
+    for run, task in ((directory, task) for directory in directories for task in seen[directory.name]):
+        others = [(run.name, 0)] if task > 0 and 0 in seen[run.name] else []
+        others += [(d.name, task) for d in directories if d.twin_of == run.name and task in seen[d.name]]
+        for other, other_task in others:
+            layers, others_layers = seen[run.name][task], seen[other][other_task]
+            for layer in layers.keys() ^ others_layers.keys():
+                alone.setdefault(layer, set()).add(run.name)
+            for layer in (layer for layer in layers if layer in others_layers):
+                x, y = layers[layer], others_layers[layer]
+                rows.append({"run": run.name, "task": task, "layer": layer, "other_run": other, "other_task": other_task,
+                             "cka": cka(x, y), "images": len(x)})  # fmt: skip
+    for layer, runs in sorted(alone.items()):
+        names = ", ".join(sorted(runs))
+        warn(f"CKA of {names} leaves out the layer {layer} where task 0 or the joint twin has no such layer")
+    return rows
 
 
 def _of_run(directory: RunDir, run_data: RunData, drawn: Drawn, tasks, device: str, report) -> dict[str, object]:
@@ -182,11 +200,7 @@ def _of_run(directory: RunDir, run_data: RunData, drawn: Drawn, tasks, device: s
         groups = {"seen": range(task + 1)} | ({"future": range(task + 1, last + 1)} if task < last else {})
         bits = {}
         for group, of in groups.items():
-            for control, (fit_on, ask) in {
-                "none": (train, test),
-                "initial": initial,
-                "shuffled": (train, test),
-            }.items():
+            for control, (fit_on, ask) in zip(CONTROLS, ((train, test), initial, (train, test)), strict=True):
                 for layer in fit_on:
                     if layer in ask:
                         found = _classify(fit_on[layer], ask[layer], run_data, drawn, of, control == "shuffled")
@@ -260,14 +274,10 @@ def format_tables(found: Transfer) -> str:
         for task, chance in of_run.groupby("task")["chance"].first().items():
             texts = []
             for layer in layers:
-                own, initial, shuffled = (
-                    cells.get((task, control, layer)) for control in ("none", "initial", "shuffled")
-                )
-                texts.append(
-                    f"{own:.1f} ({100 * chance:.1f}; "
-                    + ("" if initial is None else f"{initial:.1f}; ")
-                    + f"{shuffled:.1f})"
-                )
+                own, initial, shuffled = (cells.get((task, control, layer)) for control in CONTROLS)
+                controls = [100 * chance, initial, shuffled]
+                words = "; ".join(f"{value:.1f}" for value in controls if value is not None)
+                texts.append("" if own is None else f"{own:.1f} ({words})")  # no layer "tokens" after a first task
             lines.append(f"{task:>8}" + "".join(f"{text:>25}" for text in texts))
         lines.append("")
     for row in found.locality[found.locality["task"] == ALL_TASKS].itertuples():

@@ -1,16 +1,20 @@
-"""One shared toy run: three tasks of real digits, a baseline with one LPA layer, and its joint twin."""
+"""One shared toy run: three tasks of real digits, a baseline with one LPA layer, and its joint twin; and the command line."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
 from cil import recipes
 from cil.checkpoint import RunDir
 from cil.run import Run
 from cil.train import train
+from locality_probe.cli import main
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
@@ -20,6 +24,10 @@ TOY = dataclasses.replace(
     num_classes=6, images_per_class=12, dim=24, num_heads=4, depth=3, n_lpa=1, batch_size=16,
     epochs_first=2, epochs=2, finetune_epochs=2, warmup_epochs=1, mixup=0.8, memory=20,
 )  # fmt: skip
+TINY = {
+    "num_classes": 4, "images_per_class": 6, "dim": 8, "num_heads": 2, "depth": 2,
+    "epochs_first": 1, "epochs": 1, "finetune_epochs": 1, "batch_size": 8, "memory": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +61,45 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 def seeded() -> None:
     """The same random numbers for each test of a file with `pytestmark = pytest.mark.usefixtures("seeded")`."""
     torch.manual_seed(0)
+
+
+def invoke(*arguments):
+    """The command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def run_ok(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def settings(values):
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def beyond_recipe(toy):
+    """What makes the recipe demo-baseline the toy."""
+    recipe = recipes.find("demo-baseline").to_dict()
+    return {key: value for key, value in toy.to_dict().items() if value != recipe[key]}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to be in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def runs(here, toy_runs):
+    """A copy of the toy and its twin: ./runs/toy and ./runs/toy-joint."""
+    shutil.copytree(toy_runs, "runs")
+    return Path("runs")
+
+
+@pytest.fixture
+def picture(here):
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("picture.png")
+    return Path("picture.png")

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_ok
 from safetensors.torch import load_file, save_file
-from test_cli import here, run_ok, runs  # noqa: F401
 from test_intervals import frame, normal
 
 from figures import comparison as figure
@@ -117,19 +117,19 @@ def test_figure_draws_the_table():
     for layer, axes in enumerate(drawn.axes):
         rows = found[(found["layer"] == layer) & (found["task"] != ALL_TASKS)]
         (line,) = [line for line in axes.lines if line.get_label() == "difference"]
-        assert line.get_xdata().tolist() == [1, 2, 3]
+        assert line.get_xdata().tolist() == [0, 1, 2]
         np.testing.assert_allclose(line.get_ydata(), rows["difference"])
         for band, ends in zip(axes.collections, (("low_all", "high_all"), ("low", "high")), strict=True):
             path = band.get_paths()[0].vertices
             assert path[:, 1].min() == pytest.approx(rows[ends[0]].min())
             assert path[:, 1].max() == pytest.approx(rows[ends[1]].max())
     single = figure.draw(compare(*tables(VALUES), [(("a", 2), ("a", 0))]))
-    assert len(single.axes) == 2 and single.axes[0].lines[-1].get_xdata().tolist() == [3]
+    assert len(single.axes) == 2 and single.axes[0].lines[-1].get_xdata().tolist() == [2]
     with pytest.raises(ValueError, match="no task to draw"):
         figure.draw(found[found["task"] == ALL_TASKS])
 
 
-def test_command(runs):  # noqa: F811
+def test_command(runs):
     result = run_ok("compare", "runs/toy", "runs/toy-joint", "--n", 6)
     found = COMPARISON.read("runs/toy/comparison.csv")
     assert set(found["task"]) == {0, 1, 2, ALL_TASKS} and set(found["layer"]) == {0, 1}
@@ -144,7 +144,7 @@ def test_command(runs):  # noqa: F811
     assert len(json.loads(printed)) == len(found)
 
 
-def test_command_on_checkpoints_and_other_settings(runs):  # noqa: F811
+def test_command_on_checkpoints_and_other_settings(runs):
     run_ok("compare", "runs/toy/task_02.safetensors", "runs/toy/task_00.safetensors", "--n", 4, "--out", "drift")
     found = COMPARISON.read("drift/comparison.csv")
     assert found[["run", "task", "other", "other_task"]].drop_duplicates().to_numpy().tolist() == [["toy", 2, "toy", 0]]

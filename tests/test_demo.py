@@ -15,7 +15,7 @@ def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, monkeypatch):
     assert sorted(p.name for p in trained.iterdir()) == ["better", "good"]
 
 
-def worker(name, out, events):
+def worker(name, out, events, device, threads):
     if name == "dead":
         raise SystemExit(3)
     if name == "bad":

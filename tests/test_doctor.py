@@ -154,8 +154,8 @@ def test_command_says_what_it_cannot(tmp_path):
     for arguments, code, sentence in (
         (["timm/resnet18"], 1, "ResNet has no attention layer that can be seen"),
         (["nowhere"], 1, "no model 'nowhere': give a run directory, a weights file, timm/NAME"),
-        (["timm/vit_tini_patch16_224"], 1, "near: vit_tiny_patch16_224"),
-        (["torchvision/vit_b_17"], 1, "torchvision has no model 'vit_b_17'; near: vit_b_16"),
+        (["timm/vit_tini_patch16_224"], 2, "near: vit_tiny_patch16_224"),
+        (["torchvision/vit_b_17"], 2, "torchvision has no model 'vit_b_17'; near: vit_b_16"),
         (["hf/nowhere"], 1, "nowhere is no folder with a config.json; --pretrained fetches hf/nowhere"),
         (["timm/vit_tiny_patch16_224", "--grid", "14"], 2, "--grid '14' is not ROWS,COLUMNS"),
         ([], 2, "give a MODEL"),

@@ -74,17 +74,18 @@ def legend(figure) -> list[str]:
     return [text.get_text() for text in found.get_texts()]
 
 
-def test_lines_are_head_means_over_tasks_counted_from_1():
+@pytest.mark.parametrize("first", [0, 1])
+def test_lines_are_head_means_over_tasks(first):
     frame = table().sample(frac=1, random_state=0)  # the order of the rows says nothing
-    figure = nonlocality_over_tasks.draw(frame)
+    figure = nonlocality_over_tasks.draw(frame, first=first)
     assert len(figure.axes) == 6
     for block, pair in zip(figure.subfigs, frame["pair"].unique(), strict=True):
         assert block.get_suptitle() == f"{BOTH[pair]}  ({pair})"
         for layer, axes in enumerate(block.axes):
-            assert axes.get_title() == f"layer {layer + 1}"
+            assert axes.get_title() == f"layer {layer + first}"
             drawn = lines(axes)
             for training, label in (("incremental", "CIL"), ("joint", "joint")):
-                assert drawn[label][0] == [1, 2, 3, 4]
+                assert drawn[label][0] == [first + task for task in range(4)]
                 assert drawn[label][1] == pytest.approx([mean(pair, training, layer, t) for t in range(4)])
 
 
@@ -120,13 +121,13 @@ def test_axes_name_their_units():
 def test_terminal_twin_is_a_mark_at_the_last_task():
     figure = nonlocality_over_tasks.draw(table(trainings=("incremental", "joint-terminal")))
     (mark,) = [line for line in figure.axes[0].lines if line.get_label() == "joint, last task only"]
-    assert list(mark.get_xdata()) == [4] and mark.get_linestyle() == "None" and mark.get_marker() != "None"
+    assert list(mark.get_xdata()) == [3] and mark.get_linestyle() == "None" and mark.get_marker() != "None"
 
 
 def test_one_run_with_one_task_and_no_twin():
     figure = nonlocality_over_tasks.draw(table({"pair": "GPSA"}, tasks=1, trainings=("incremental",)))
     assert legend(figure) == ["CIL", "CIL at initialisation", "uniform attention"]
-    assert lines(figure.axes[0])["CIL"] == ([1], pytest.approx([mean("pair", "incremental", 0, 0)]))
+    assert lines(figure.axes[0])["CIL"] == ([0], pytest.approx([mean("pair", "incremental", 0, 0)]))
 
 
 def test_without_initial_rows_there_is_no_such_line():
@@ -137,7 +138,7 @@ def test_without_initial_rows_there_is_no_such_line():
 @pytest.mark.parametrize(("layers", "rows", "columns"), [(5, 1, 5), (6, 1, 6), (7, 2, 4), (12, 2, 6)])
 def test_many_layers_wrap(layers, rows, columns):
     figure = nonlocality_over_tasks.draw(table({"pair": "GPSA"}, range(layers), trainings=("incremental",)))
-    assert [axes.get_title() for axes in figure.axes] == [f"layer {n + 1}" for n in range(layers)]
+    assert [axes.get_title() for axes in figure.axes] == [f"layer {n}" for n in range(layers)]
     assert figure.axes[0].get_gridspec().get_geometry() == (rows, columns)
 
 
@@ -146,7 +147,7 @@ def test_mixed_attention_is_named_per_layer():
     frame.loc[frame["layer"] == 0, "kind"] = "LPA"
     figure = nonlocality_over_tasks.draw(frame)
     assert figure.subfigs[0].get_suptitle() == "LPA + GPSA  (pair)"
-    assert [axes.get_title() for axes in figure.axes] == ["layer 1, LPA", "layer 2, GPSA", "layer 3, GPSA"]
+    assert [axes.get_title() for axes in figure.axes] == ["layer 0, LPA", "layer 1, GPSA", "layer 2, GPSA"]
 
 
 def test_missing_values_are_gaps_and_layers_without_any_are_left_out():
@@ -154,7 +155,7 @@ def test_missing_values_are_gaps_and_layers_without_any_are_left_out():
     frame.loc[frame["layer"] == 1, "d_loc"] = np.nan
     frame.loc[(frame["layer"] == 2) & (frame["task"] == 1) & (frame["head"] == 0), "d_loc"] = np.nan
     figure = nonlocality_over_tasks.draw(frame)
-    assert [axes.get_title() for axes in figure.axes] == ["layer 1", "layer 3"]
+    assert [axes.get_title() for axes in figure.axes] == ["layer 0", "layer 2"]
     assert np.isnan(lines(figure.axes[1])["CIL"][1]).tolist() == [False, True, False, False]
 
 
@@ -347,7 +348,7 @@ def test_the_users_settings_stay_theirs_and_out_of_our_figures():
     with matplotlib.rc_context(settings):
         figure = nonlocality_over_tasks.draw(table())
         assert {name: matplotlib.rcParams[name] for name in settings} == settings
-    assert figure.axes[0].get_title(loc="center") == "layer 1"
+    assert figure.axes[0].get_title(loc="center") == "layer 0"
     (line,) = [line for line in figure.axes[0].lines if line.get_label() == "CIL"]
     assert line.get_linewidth() == style.STYLE["lines.linewidth"]
 

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import run_ok
 from matplotlib.colors import Normalize
 from networks import vit
 from PIL import Image
-from test_cli import here, picture, run_ok, runs  # noqa: F401
 
 from cil.checkpoint import open_run
 from figures import attention_maps
+from locality_probe import heatmap
 from locality_probe.heatmap import heat_maps
 from locality_probe.record import record
 from locality_probe.subject import Subject, from_run
+from locality_probe.typed import Typed
 
 
 def subject_of(model, size=32, crop=None, name="model") -> Subject:
@@ -71,6 +73,66 @@ def test_a_pixel_is_the_patch_that_shows_it():
         heat_maps([middle], photo(), query="pixel:20,2")
     with pytest.raises(ValueError, match="pixel 40,2 is outside the picture of 40 rows and 60 columns"):
         heat_maps([middle], photo(), query="pixel:40,2")
+
+
+@pytest.mark.parametrize("columns", ["run", "layer"])
+def test_networks_that_crop_otherwise_have_each_their_own_patch_and_picture(columns):
+    """In numbers, labels, the file and the drawing, whichever comes last."""
+    whole = subject_of(vit(), name="whole")
+    middle = subject_of(vit(), crop=lambda image: image.crop((10, 0, 50, 40)).resize((32, 32)), name="middle")
+    for subjects in ([whole, middle], [middle, whole]):
+        same = heat_maps(subjects, photo(), query="pixel:20,48", columns=columns)
+        assert same.query == (2, 3) and "query: patch 2,3" in same.title
+        found = heat_maps(subjects, photo(), query="pixel:20,40", columns=columns)
+        patches = {"whole": (2, 2), "middle": (2, 3)}
+        labels = found.column_labels if columns == "run" else found.row_labels
+        assert labels == [f"{s.run}, patch {patches[s.run][0]},{patches[s.run][1]}" for s in subjects]
+        assert found.query is None and "query: pixel 20,40" in found.title and "patch" not in found.title
+        panels = found.panels[0] if columns == "run" else [row[0] for row in found.panels]
+        for panel, subject in zip(panels, subjects, strict=True):
+            row, column = patches[subject.run]
+            alone = heat_maps([subject], photo(), query=f"{row},{column}").panels[0][0]
+            assert panel.query == (row, column)
+            np.testing.assert_array_equal(panel.attention, alone.attention)
+            np.testing.assert_array_equal(panel.seen, np.asarray(subject.crop(photo())))
+        drawn = attention_maps.draw(**found.drawing())
+        boxes = [axes.patches[0].get_xy() for axes in drawn.axes if axes.get_label().startswith("map")]
+        expected = [(8 * patches[s.run][1], 8 * patches[s.run][0]) for s in subjects]
+        assert boxes[:: 1 if columns == "run" else len(found.column_labels)][:2] == expected
+        (shown,) = [axes for axes in drawn.axes if axes.get_label().startswith("image")]
+        assert shown.patches[0].get_xy() == expected[0]
+        under = [axes.images[0].get_array() for axes in drawn.axes if axes.get_label().startswith("map")]
+        assert not np.array_equal(under[0], under[-1])
+    with pytest.raises(Typed, match=r"the pixel is in patch \(2, 2\) of whole and in \(2, 3\) of middle"):
+        heat_maps([whole, middle], photo(), query="pixel:20,40", difference=True)
+
+
+def test_queries_are_in_the_file(tmp_path):
+    whole = subject_of(vit(), name="whole")
+    middle = subject_of(vit(), crop=lambda image: image.crop((10, 0, 50, 40)).resize((32, 32)), name="middle")
+    for subjects, query, one, all_ in (
+        ([whole], "1,2", [1, 2], [[[1, 2]]]),
+        ([whole], "mean", [], [[[-1, -1]]]),
+        ([whole, middle], "pixel:20,40", [], [[[2, 2], [2, 3]]]),
+    ):
+        found = heat_maps(subjects, photo(), layer="0", query=query)
+        with np.load(found.save(tmp_path / "maps.npz")) as arrays:
+            assert arrays["query"].tolist() == one and arrays["queries"].tolist() == all_
+
+
+def test_networks_and_images_go_to_the_device(monkeypatch):
+    """As `record` is given them; the maps come back to the CPU. `meta` is a device that every machine has."""
+    seen = []
+
+    def watched(model, x, *rest):
+        seen.append({x.device.type, *(p.device.type for p in model.parameters())})
+        raise ValueError("seen")
+
+    monkeypatch.setattr(heatmap, "record", watched)
+    for query in ("mean", "pixel:3,3"):
+        with pytest.raises(ValueError, match="seen"):
+            heat_maps([subject_of(vit())], photo(), query=query, device="meta")
+    assert seen == [{"meta"}, {"meta"}]
 
 
 def test_rollout():
@@ -170,7 +232,7 @@ def test_empty_panels_say_so():
     assert texts == [[], ["none"]]
 
 
-def test_command(runs, picture):  # noqa: F811
+def test_command(runs, picture):
     run_ok("heatmap", picture, "--ckpt", "runs/toy:all", "--columns", "layer", "--query", "pixel:3,40", "--scale", "uniform",
            "-o", "a.svg")  # fmt: skip
     with np.load("a.npz") as arrays:

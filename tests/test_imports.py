@@ -43,8 +43,8 @@ def files():
 
 @pytest.mark.parametrize("file", files())
 def test_arrows_go_up(file):
-    # The command line draws, inside its command bodies.
-    found = imports(ROOT / file, inside_functions=file != "locality_probe/cli.py")
+    # Commands draw, inside their bodies.
+    found = imports(ROOT / file, inside_functions=not file.startswith("locality_probe/commands/"))
     wrong = [
         name for name in found
         if name.split(".")[0] in OURS and not any(f"{name}.".startswith(f"{a}.") for a in allowed(file))
@@ -69,6 +69,14 @@ def test_measures_know_no_model_file_or_device():
     assert names <= {"__future__", "dataclasses", "functools", "math", "torch"}
 
 
-def test_top_level_of_the_command_line_is_light():
-    names = {name.split(".")[0] for name in imports(ROOT / "locality_probe/cli.py", inside_functions=False)}
-    assert names <= {"__future__", "contextlib", "errno", "collections", "pathlib", "click", "locality_probe"}
+LIGHT = {"__future__", "contextlib", "errno", "functools", "os", "re", "collections", "dataclasses", "pathlib", "click"}
+COMMAND_LINE = [f for f in files() if f.startswith("locality_probe/commands/")]
+
+
+@pytest.mark.parametrize("file", ["locality_probe/cli.py", "locality_probe/typed.py", *COMMAND_LINE])
+def test_top_level_of_the_command_line_is_light(file):
+    names = set(imports(ROOT / file, inside_functions=False))
+    ours = {name for name in names if name.startswith("locality_probe.")}
+    assert {name.split(".")[0] for name in names - ours} <= LIGHT
+    allowed = ("locality_probe.commands.", "locality_probe.typed.", "locality_probe.__version__")
+    assert all(name.startswith(allowed) for name in ours)

@@ -14,8 +14,8 @@ from cil.train import train
 from locality_probe import LIBRARIES, Probe, Subject, distances, doctor, from_run, load_images
 from locality_probe.plan import make_plan
 from locality_probe.record import record
-from locality_probe.subject import Library
 from locality_probe.survey import survey
+from locality_probe.typed import Library
 
 
 class Sharp(SelfAttention):

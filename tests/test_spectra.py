@@ -9,7 +9,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
-from test_cli import here, runs  # noqa: F401
 
 from cil.checkpoint import open_run
 from cil.models import create_model
@@ -199,7 +198,7 @@ def test_too_few_images(toy_runs):
         spectra([open_run(toy_runs / "toy")], n=100000)
 
 
-def test_command(runs):  # noqa: F811
+def test_command(runs):
     result = CliRunner().invoke(main, ["spectrum", "runs/toy", "--task", "2", "--n", "200"])
     assert result.exit_code == 0, result.output
     values, summary = SPECTRUM.read("runs/toy/spectrum.parquet"), SPECTRUM_SUMMARY.read("runs/toy/spectrum_summary.csv")
@@ -209,7 +208,7 @@ def test_command(runs):  # noqa: F811
     drawn = figure.draw(values)
     for axes, run in zip(drawn.axes, ("toy", "toy-joint"), strict=False):
         rows = values.set_index(["run", "task", "layer", "group"]).loc[(run, 2, "token", "all")]
-        (line,) = [line for line in axes.lines if line.get_label() == "task 3"]
+        (line,) = [line for line in axes.lines if line.get_label() == "task 2"]
         n = len(line.get_xdata())
         np.testing.assert_allclose(line.get_ydata(), rows["eigenvalue_normalised"][:n])
         assert line.get_xdata()[0] == 1 and axes.get_xscale() == axes.get_yscale() == "log"
@@ -217,7 +216,7 @@ def test_command(runs):  # noqa: F811
         figure.draw(values, layer="block 7")
     for arguments, code, sentence in (
         (["nowhere"], 1, "nowhere"), ([], 2, "RUN_DIR"),
-        (["runs/toy", "--task", "9"], 1, "no task 9 in runs/toy; there: 0, 1, 2"),
+        (["runs/toy", "--task", "9"], 2, "no task 9 in runs/toy; there: 0, 1, 2"),
     ):  # fmt: skip
         refused = CliRunner().invoke(main, ["spectrum", *arguments])
         assert refused.exit_code == code and sentence in refused.output

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_ok
 from networks import sharpen
 from PIL import Image
-from test_cli import here, run_ok  # noqa: F401
 from timm.models.convit import ConVit
 
 from locality_probe.measures import nonlocality
@@ -31,7 +31,7 @@ def seed():
 
 
 @pytest.fixture
-def pictures(here):  # noqa: F811
+def pictures(here):
     Path("pictures").mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (50, 60, 3), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_clip_is_its_vision_tower(pictures):
     assert len(NONLOCALITY.read("out/nonlocality.csv")) == 2 * 2
 
 
-def test_text_is_for_python(here):  # noqa: F811
+def test_text_is_for_python(here):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2Model(config).save_pretrained("text")
@@ -98,7 +98,7 @@ def test_text_is_for_python(here):  # noqa: F811
         from_hf("text")
 
 
-def test_pickled_huggingface_weights_are_not_read(here):  # noqa: F811
+def test_pickled_huggingface_weights_are_not_read(here):
     transformers = pytest.importorskip("transformers")
     transformers.ViTModel(transformers.ViTConfig(**TINY)).save_pretrained("saved")
     Path("saved/model.safetensors").unlink()
@@ -127,7 +127,7 @@ def convit(**options) -> ConVit:
 
 
 @pytest.mark.parametrize("nest", ["state", "model", "ddp"])
-def test_checkpoints_of_convits_trainer(nest, here):  # noqa: F811
+def test_checkpoints_of_convits_trainer(nest, here):
     """Arguments and all, as it saves them; the architecture comes from the shapes."""
     model = convit(qkv_bias=nest == "ddp", mlp_ratio=2.0)
     state = model.state_dict()
@@ -150,7 +150,7 @@ def test_checkpoints_of_convits_trainer(nest, here):  # noqa: F811
     assert rows[rows["layer"] == 1]["gate"].tolist() == pytest.approx(gate)
 
 
-def test_weights_of_other_networks_are_told_where_to_go(here):  # noqa: F811
+def test_weights_of_other_networks_are_told_where_to_go(here):
     import timm
 
     torch.save(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), "vit.pth")

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scipy.stats import ortho_group, spearmanr
 from sklearn.linear_model import RidgeClassifier
 from sklearn.preprocessing import StandardScaler
-from test_cli import here, runs  # noqa: F401
 
 from cil.checkpoint import open_run
 from figures import transfer as figure
@@ -164,21 +163,21 @@ def test_figure_draws_the_tables(found):
     drawn = figure.draw(found.transfer, found.nonlocality, "knn")
     cells = found.transfer.set_index(["run", "task", "layer", "group", "control", "probe"])["accuracy"]
     above, below = drawn.axes[0], drawn.axes[2]
-    (line,) = [line for line in above.lines if line.get_label() == "task 2"]
+    (line,) = [line for line in above.lines if line.get_label() == "task 1"]
     own, initial = (
         [cells["toy", 1, f"block {i}", "future", control, "knn"] for i in (0, 1)] for control in ("none", "initial")
     )
     gain = 100 * (np.array(own) - initial)
-    assert line.get_xdata().tolist() == [1, 2]
+    assert line.get_xdata().tolist() == [0, 1]
     np.testing.assert_allclose(line.get_ydata(), gain)
-    (line,) = [line for line in below.lines if line.get_label() == "task 2"]
+    (line,) = [line for line in below.lines if line.get_label() == "task 1"]
     expected = found.nonlocality.query("run == 'toy' and task == 1").groupby("layer")["d_loc"].mean()
     np.testing.assert_allclose(line.get_ydata(), expected)
     with pytest.raises(ValueError, match="no probe 'tree'; there: knn, linear"):
         figure.draw(found.transfer, found.nonlocality, "tree")
 
 
-def test_command(runs):  # noqa: F811
+def test_command(runs):
     result = CliRunner().invoke(
         main, ["transfer", "runs/toy", "--per-class", "6", "--test-per-class", "4", "--task", "0", "--task", "1"]
     )
@@ -196,4 +195,4 @@ def test_command(runs):  # noqa: F811
     )
     assert last.exit_code == 0 and "no run here has classes yet to learn" in last.output
     refused = CliRunner().invoke(main, ["transfer", "runs/toy", "--task", "5"])
-    assert refused.exit_code == 1 and "no task 5 in runs/toy; there: 0, 1, 2" in refused.output
+    assert refused.exit_code == 2 and "no task 5 in runs/toy; there: 0, 1, 2" in refused.output

@@ -1,11 +1,9 @@
-"""The commands as they are typed, on tiny real runs."""
+"""The command measure, on tiny real runs, weights of releases, and models of timm."""
 
 import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,11 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from conftest import golden
+from conftest import golden, run_ok
 from PIL import Image
 from safetensors.torch import save_file
 
-from cil import data, recipes
+from cil import data
 from cil.augment import normalize
 from cil.checkpoint import open_run
 from cil.models import IncrementalViT
@@ -31,144 +29,7 @@ from locality_probe.record import record
 from locality_probe.tables import INITIAL, INTERVALS, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 WRITTEN = ["intervals.csv", "layers.csv", "measurement.json", "nonlocality.csv", "nonlocality_images.parquet"]
-TINY = {
-    "num_classes": 4, "images_per_class": 6, "dim": 8, "num_heads": 2, "depth": 2,
-    "epochs_first": 1, "epochs": 1, "finetune_epochs": 1, "batch_size": 8, "memory": 8,
-}  # fmt: skip
-
-
-def invoke(*arguments):
-    """The command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def run_ok(*arguments):
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def settings(values):
-    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-
-
-def beyond_recipe(toy):
-    """What makes the recipe demo-baseline the toy."""
-    recipe = recipes.find("demo-baseline").to_dict()
-    return {key: value for key, value in toy.to_dict().items() if value != recipe[key]}
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def runs(here, toy_runs):
-    """A copy of the toy and its twin: ./runs/toy and ./runs/toy-joint."""
-    shutil.copytree(toy_runs, "runs")
-    return Path("runs")
-
-
-@pytest.fixture
-def picture(here):
-    pixels = np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save("picture.png")
-    return Path("picture.png")
-
-
-def maps_of(name):
-    with np.load(name) as arrays:
-        return {key: arrays[key] for key in arrays.files}
-
-
-def every_attention(model, x):
-    """Attention [H, Q, K] of each layer for one image, as `record` sees it."""
-    return [item.values["all"][0].numpy() for item in record(model, x, lambda attention, layer: {"all": attention})]
-
-
-# help
-
-
-def test_help_is_there_for_every_command_and_loads_nothing_heavy():
-    code = """
-import sys
-from click.testing import CliRunner
-from locality_probe.cli import main
-for name in [None, *main.commands]:
-    result = CliRunner().invoke(main, [name, "--help"] if name else ["-h"])
-    assert result.exit_code == 0 and "Usage:" in result.stdout, result.output
-assert CliRunner().invoke(main, ["--version"]).exit_code == 0
-heavy = {"torch", "timm", "numpy", "pandas", "matplotlib", "PIL", "sklearn", "cil", "figures"} & set(sys.modules)
-assert not heavy, heavy
-"""
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
-    helped = subprocess.run([sys.executable, "-m", "locality_probe", "-h"], check=True, cwd=root, capture_output=True)
-    assert all(name in helped.stdout.decode() for name in main.commands)
-    for command in main.commands.values():
-        assert command.help
-        assert all(option.help for option in command.params if option.param_type_name == "option")
-
-
-def test_recipes_are_listed_with_their_cost():
-    text = run_ok("recipes").stdout
-    assert all(name in text for name in recipes.RECIPES) and "63.11 / 74.74 / 12.52" in text
-    few = run_ok("recipes", "b50-5-dytox").stdout.splitlines()[::2]
-    assert few and all("b50-5-dytox" in name for name in few)
-    wrong = invoke("recipes", "b51")
-    assert wrong.exit_code == 2 and "no recipe holds 'b51'" in wrong.stderr
-
-
-# train
-
-
-def test_train_and_go_on(here):
-    train = ["train", "demo-baseline", *settings(TINY), "--threads", 1, "--device", "cpu"]
-    result = run_ok(*train, "--out", "new/run")
-    assert result.stdout.startswith("new/run: tasks 0 to 1 finished; Last ")
-    assert "task 2/2 finetune" in result.stderr
-    directory = open_run("new/run")
-    assert directory.tasks == [0, 1] and directory.run == dataclasses.replace(recipes.find("demo-baseline"), **TINY)
-    before = {p: p.stat().st_mtime_ns for p in directory.path.rglob("*") if p.name != ".lock"}
-    again = run_ok(*train, "--out", "new/run")
-    assert (again.stdout, again.stderr) == (result.stdout, "")
-    assert before == {p: p.stat().st_mtime_ns for p in directory.path.rglob("*") if p.name != ".lock"}
-
-    terminal = run_ok("train", "demo-baseline-joint-terminal", *settings(TINY), "--out", "new/run-joint-terminal")
-    assert terminal.stdout.startswith("new/run-joint-terminal: tasks 1 to 1 finished; Last ")
-    assert open_run("new/run-joint-terminal").twin_of == "run"
-
-
-def test_train_goes_on_where_it_was(runs, toy):
-    last = runs / "toy" / "task_02.safetensors"
-    weights = last.read_bytes()
-    last.unlink()
-    run_ok("train", "demo-baseline", *settings(beyond_recipe(toy)), "--out", runs / "toy")
-    assert last.read_bytes() == weights
-
-
-def test_train_here_gives_the_run_its_folders_name(here, monkeypatch):
-    Path("mine-joint").mkdir()
-    monkeypatch.chdir("mine-joint")
-    run_ok("train", "demo-baseline-joint", *settings(TINY), "--out", ".")
-    assert (open_run(".").name, open_run(".").twin_of) == ("mine-joint", "mine")
-
-
-def test_dry_run_writes_nothing(here):
-    result = run_ok("train", "demo-baseline", *settings(TINY), "--dry-run", "--out", "run")
-    # 4 classes x 6 images, 2 a task; 8 exemplars: 4 a class after task 0, 2 after task 1
-    assert [line.split()[:6] for line in result.stdout.splitlines()[1:4]] == [
-        ["0", "2", "fit", "12", "1", "1"],
-        ["1", "4", "fit", "20", "1", "2"],
-        ["1", "4", "finetune", "8", "1", "1"],
-    ]
-    assert "4 steps at batch 8, 32 images; 8 exemplars" in result.stdout
-    assert result.stderr == "" and not list(here.iterdir())
-
-
-# measure
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_measure_a_run_with_its_twin(runs, toy):
@@ -381,108 +242,3 @@ def test_timm_model(here):
         tables[weights] = NONLOCALITY.read("nonlocality.csv")
     pd.testing.assert_frame_equal(*tables.values())
     assert (tables["w.pth"]["d_loc"] != rows["d_loc"]).all()
-
-
-# heatmap
-
-
-@pytest.mark.parametrize(
-    ("options", "shape", "columns"),
-    [
-        ([], (1, 2), ["layer 0", "layer 1"]),
-        (["--layer", "1"], (1, 1), ["toy"]),
-        (["--head", "all", "--scale", "each"], (2, 4), ["head 0", "head 1", "head 2", "head 3"]),
-        (["--query", "cls"], (1, 1), ["toy"]),
-    ],
-)
-def test_heatmap_options(runs, picture, options, shape, columns):
-    run_ok("heatmap", picture, "--ckpt", "runs/toy", *options, "-o", "out.png")
-    found = maps_of("out.npz")
-    assert found["maps"].shape == (*shape, 8, 8) and found["columns"].tolist() == columns
-    assert found["image"].shape == (8, 8, 3) and "query: " in str(found["title"])
-
-
-@pytest.mark.parametrize(
-    ("query", "layer", "head"), [("3,4", 1, "2"), ("mean", 0, "mean"), ("cls", 2, "1"), ("0,7", 1, "mean")]
-)
-def test_heatmap_is_the_attention(runs, picture, query, layer, head):
-    options = ["--layer", layer, "--head", head, "--query", query]
-    run_ok("heatmap", picture, "--ckpt", "runs/toy:1", *options, "-o", "out.png")
-    directory = open_run("runs/toy")
-    seen = data.cover(Image.open(picture), (8, 8))
-    x = normalize(data.to_tensor(seen)[None], directory.mean, directory.std)
-    attention = every_attention(directory.model(1), x)[layer]
-    attention = attention.mean(0) if head == "mean" else attention[int(head)]
-    if query == "cls":
-        expected = attention[-1, 1:]  # the token looks at itself and the patches
-    elif query == "mean":
-        expected = attention.mean(0)
-    else:
-        row, column = map(int, query.split(","))
-        expected = attention[row * 8 + column]
-    found = maps_of("out.npz")
-    np.testing.assert_allclose(found["maps"].reshape(-1), expected, atol=1e-6)
-    assert (found["image"] == np.asarray(seen)).all()
-
-
-def test_heatmap_of_several_checkpoints(runs, picture):
-    specs = ["--ckpt", "runs/toy:init", "--ckpt", "runs/toy:all", "--ckpt", "runs/toy-joint:2"]
-    result = run_ok("heatmap", picture, *specs, "--layer", 1, "-o", "new/folder/out.svg")
-    assert result.stdout == "wrote new/folder/out.svg and new/folder/out.npz\n" and result.stderr == ""
-    found = maps_of("new/folder/out.npz")
-    assert found["columns"].tolist() == ["task init", "task 0", "task 1", "task 2"]
-    assert found["rows"].tolist() == ["toy", "toy-joint"]
-    there = ~np.isnan(found["maps"]).all((2, 3))
-    assert there.tolist() == [[True] * 4, [False] * 3 + [True]]
-    np.testing.assert_allclose(found["maps"].sum((2, 3))[there], 1, atol=1e-5)
-
-
-def test_heatmap_takes_any_image_and_writes_any_format(runs):
-    rng = np.random.default_rng(0)
-    colour = Image.fromarray(rng.integers(0, 256, (20, 31, 3), dtype=np.uint8))
-    images = {
-        "photo.jpg": colour,
-        "alpha.png": colour.convert("RGBA"),
-        "grey.jpeg": colour.convert("L"),
-        "palette.gif": colour.convert("P"),
-        "transparent.png": colour.convert("P"),
-        "sixteen.png": Image.fromarray(rng.integers(0, 65536, (20, 31), dtype=np.uint16)),
-        "tiny.bmp": colour.crop((0, 0, 1, 1)),
-        "flat.webp": colour.resize((300, 2)),
-        "large.png": Image.new("RGB", (3000, 2000), "teal"),
-    }
-    formats = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}
-    for place, (name, image) in enumerate(images.items()):
-        image.save(name, **({"transparency": bytes(range(256))} if name == "transparent.png" else {}))
-        suffix, begin = list(formats.items())[place % 4]
-        result = run_ok("heatmap", name, "--ckpt", "runs/toy", "--layer", 0, "-o", f"out_{place}{suffix}")
-        assert result.stderr == "" and Path(f"out_{place}{suffix}").read_bytes().startswith(begin)
-        assert maps_of(f"out_{place}.npz")["maps"].shape == (1, 1, 8, 8)
-
-
-def test_heatmap_uses_the_newest_run(runs, picture):
-    shutil.copytree("runs/toy", "runs/deeper/newest")
-    for task, age in ((0, 1e6), (1, 2e6), (2, 3e6)):  # the copy is older in all but one
-        os.utime(f"runs/toy/task_0{task}.safetensors", (age, age))
-        os.utime(f"runs/toy-joint/task_0{task}.safetensors", (age, age))
-        os.utime(f"runs/deeper/newest/task_0{task}.safetensors", (age / 2, age / 2))
-    os.utime("runs/deeper/newest/task_01.safetensors", (4e6, 4e6))
-    result = run_ok("heatmap", picture)
-    assert result.stdout == "wrote picture_heatmap.png and picture_heatmap.npz\n"
-    assert str(maps_of("picture_heatmap.npz")["title"]).startswith("newest, task 2, ")
-
-
-def test_heatmap_of_a_timm_model(picture):
-    torch.manual_seed(3)
-    model = timm.create_model("test_vit").eval()
-    save_file(model.state_dict(), "w.safetensors")
-    options = ["--weights", "w.safetensors", "--query", "cls", "--layer", 2, "--head", "all"]
-    result = run_ok("heatmap", picture, "--model", "timm/test_vit", *options, "-o", "out.pdf")
-    assert result.stderr == ""
-    found = maps_of("out.npz")
-    config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config, is_training=False)
-    attention = every_attention(model, transform(Image.open(picture))[None])[2]
-    np.testing.assert_allclose(found["maps"][0].reshape(len(attention), -1), attention[:, 0, 1:], atol=1e-5)
-    untrained = run_ok("heatmap", picture, "--model", "timm/test_vit", "--layer", 0, "--query", "1,2")
-    assert "test_vit is untrained" in untrained.stderr and "Error" not in untrained.stderr

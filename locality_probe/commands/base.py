@@ -1,0 +1,57 @@
+"""The command line's: how a command is declared, and how it says what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+from collections.abc import Iterator
+
+import click
+
+from locality_probe.typed import Typed
+
+
+class OneSentence(click.Command):
+    """A command that fails with one clear sentence: exit code 2 for what was typed wrongly, 1 for everything else."""
+
+    def invoke(self, context: click.Context) -> object:
+        with one_sentence(context):
+            return super().invoke(context)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        with one_sentence(context):  # callbacks of options look at paths
+            return super().parse_args(context, args)
+
+
+@contextlib.contextmanager
+def one_sentence(context: click.Context) -> Iterator[None]:
+    """ValueError and OSError of the body as what click prints in one sentence."""
+    try:
+        yield
+    except Typed as error:
+        raise click.UsageError(str(error), context) from None
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        raise click.ClickException(f"{place}{error.strerror or error}") from None
+
+
+command = functools.partial(click.command, cls=OneSentence)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C in work that goes on when its command is given again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on where it was") from None
+
+
+def warn(sentence: str) -> None:
+    """Say it on standard error."""
+    click.echo(sentence, err=True)

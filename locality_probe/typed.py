@@ -1,0 +1,147 @@
+"""The instrument's: what a user types, told apart from files that are not right, and parsed without torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where models come from by name. make: (name, weights file or None, pretrained) -> Subject, or where that function is, as
+    module:function, to be imported when it is asked for."""
+
+    make: Callable[..., object] | str
+    names: str = "NAME"  # what follows the slash, as messages call it
+    trained: bool = False  # whether a model has its own weights also without a file and without `pretrained`
+
+    def maker(self) -> Callable[..., Any]:
+        """The function itself."""
+        if callable(self.make):
+            return self.make
+        module, _, function = self.make.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+LIBRARIES = {  # LIBRARY/NAME on the command line; a new library is one line here
+    "timm": Library("locality_probe.subject:from_timm"),
+    "torchvision": Library("locality_probe.subject:from_torchvision"),
+    "hf": Library("locality_probe.subject:from_hf", "FOLDER", trained=True),
+}
+
+
+def forms() -> str:
+    """How models of each library are named: timm/NAME, torchvision/NAME or hf/FOLDER."""
+    *first, last = (f"{name}/{library.names}" for name, library in LIBRARIES.items())
+    return f"{', '.join(first)} or {last}"
+
+
+class Typed(ValueError):
+    """A word or a number that the user gave is wrong: the command line ends with exit code 2, for other ValueErrors with 1."""
+
+
+def typed(call: Callable, *args: object) -> object:
+    """Returns call(*args). Raises Typed for its ValueError, which is about what the user gave."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        raise Typed(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Pixel:
+    """A pixel of the picture as it is in its file, before any network crops it."""
+
+    row: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"pixel {self.row},{self.column}"
+
+
+Patch = tuple[int, int]  # row, column
+
+
+def parse_grid(text: str) -> Patch:
+    """ROWS,COLUMNS. Raises Typed for anything else."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise Typed(f"--grid {text!r} is not ROWS,COLUMNS in patches, like 14,14")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_layers(text: str) -> list[int] | None:
+    """Numbers like 0,2, or None for all. Raises Typed for anything else."""
+    numbers = None if text == "all" else _numbers(text)
+    if numbers == []:
+        raise Typed(f"layer={text!r} is neither all nor numbers like 0,2")
+    return numbers
+
+
+def parse_heads(text: str) -> list[int] | str:
+    """mean, all, or numbers like 0,2. Raises Typed for anything else."""
+    heads = text if text in ("mean", "all") else _numbers(text)
+    if heads == []:
+        raise Typed(f"no head {text}: give numbers from 0, like 0,2, or mean or all")
+    return heads
+
+
+def _numbers(text: str) -> list[int]:
+    """Of whole numbers between commas; none where one of them is no such number."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
+
+
+def parse_query(text: str) -> str | Patch | Pixel:
+    """mean, cls, a patch as ROW,COLUMN, or pixel:ROW,COLUMN. Raises Typed for anything else."""
+    if text in ("mean", "cls"):
+        return text
+    match = re.fullmatch(r"(pixel:)?(\d+),(\d+)", text)
+    if not match:
+        raise Typed(
+            f"query={text!r} is neither mean, cls, ROW,COLUMN in patches, like 3,4, nor pixel:ROW,COLUMN, like pixel:120,64"
+        )
+    place = int(match[2]), int(match[3])
+    return Pixel(*place) if match[1] else place
+
+
+def split_checkpoint(spec: str) -> tuple[str, str | None]:
+    """RUN_DIR[:TASK] -> the run directory, and init, all, a number, or None where no task is given.
+
+    Raises Typed for another word behind the colon, and ValueError where there is no such run directory.
+    """
+    from cil.files import check_run
+
+    path, which = re.fullmatch(r"(.*?)(?::(init|all|\d+))?", spec, re.DOTALL).groups()
+    run, _, wrong = path.rpartition(":")
+    if wrong and Path(run, "run.json").is_file():
+        raise Typed(f"no task {wrong!r} of {run}: a number, init or all")
+    check_run(path)
+    return path, which
+
+
+def split_model(option: str) -> tuple[str, str]:
+    """LIBRARY/NAME -> (library, name). Raises Typed for anything else."""
+    library, _, name = option.partition("/")
+    if library not in LIBRARIES or not name:
+        raise Typed(f"--model {option!r} is not of the form {forms()}, like timm/vit_small_patch16_224")
+    return library, name
+
+
+def check_place(place: str) -> Path:
+    """A file or a run directory. Raises ValueError where neither is there."""
+    from cil.files import check_run
+
+    return Path(place) if Path(place).is_file() else check_run(place)
+
+
+def check_model(model: str) -> None:
+    """Raises ValueError for what is neither a file, a run directory nor LIBRARY/NAME."""
+    if Path(model).is_dir():
+        check_place(model)
+    elif not Path(model).is_file() and model.partition("/")[0] not in LIBRARIES:
+        raise ValueError(f"no model {model!r}: give a run directory, a weights file, {forms()}")

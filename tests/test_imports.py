@@ -69,7 +69,20 @@ def test_measures_know_no_model_file_or_device():
     assert names <= {"__future__", "dataclasses", "functools", "math", "torch"}
 
 
-LIGHT = {"__future__", "contextlib", "errno", "functools", "os", "re", "collections", "dataclasses", "pathlib", "click"}
+LIGHT = {
+    "importlib",
+    "typing",
+    "__future__",
+    "contextlib",
+    "errno",
+    "functools",
+    "os",
+    "re",
+    "collections",
+    "dataclasses",
+    "pathlib",
+    "click",
+}
 COMMAND_LINE = [f for f in files() if f.startswith("locality_probe/commands/")]
 
 

@@ -33,7 +33,8 @@ def main(results: Path, out: Path | None) -> None:
 
 
 def draw_study(path: Path, folder: Path) -> None:
-    from figures import claims, paper, report
+    from figures.paper import claims, report
+    from figures.paper import drawings as paper
 
     tables = paper.load(path.parent)
     built, judged = paper.build(tables), claims.judge(tables)

@@ -495,7 +495,7 @@ def demo(out) -> None:
     Interrupted and started again, it goes on where it was.
     """
     typed(check_folder, out)
-    from figures.demo import run_demo
+    from figures.paper.demo import run_demo
 
     with resumable():
         run_demo(out, click.echo)
@@ -521,7 +521,7 @@ def reproduce(scale, only, out, data_dir, executor, workers, threads, slurm, dry
     Prints its plan and the estimated time first. Interrupted, it goes on; repeated, it does nothing. Writes
     OUT/report.html, OUT/figures (PNG, PDF, CSV; claims.csv), OUT/tables (what was measured) and OUT/runs (weights).
     """
-    from figures import reproduce as making
+    from figures.paper import reproduce as making
     from locality_probe import sweep as sweeps
 
     out = out or Path("runs") / f"reproduce-{scale}"

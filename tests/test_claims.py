@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import claims
-from figures.claims import (
+from figures.paper import claims
+from figures.paper.claims import (
     FAILS,
     HOLDS,
     UNDECIDED,
@@ -21,7 +21,7 @@ from figures.claims import (
     systems,
     verdict,
 )
-from figures.paper import claims_page
+from figures.paper.drawings import claims_page
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from figures import claims, paper
+from figures.paper import claims
+from figures.paper import drawings as paper
 from locality_probe.cli import main
 from locality_probe.tables import CLAIMS
 

@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from cil import recipes
-from figures import accuracy_curves, attention_examples, eigenvalues, forgetting, gap, paper, sweeps
+from figures import accuracy_curves, attention_examples, eigenvalues, forgetting, gap, sweeps
 from figures.__main__ import main
 from figures.attention_examples import Example
-from figures.paper import ARTIFACTS, NotRun
+from figures.paper import drawings as paper
+from figures.paper.drawings import ARTIFACTS, NotRun
 from locality_probe.tables import STUDY
 
 

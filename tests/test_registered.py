@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import registered
-from figures.claims import FAILS, HOLDS, UNDECIDED, judge, over_seeds
-from figures.paper import claims_page
-from figures.registered import EVIDENCE, NO_EFFECT, PRIMARY, exact, interval, power, verdict
+from figures.paper import registered
+from figures.paper.claims import FAILS, HOLDS, UNDECIDED, judge, over_seeds
+from figures.paper.drawings import claims_page
+from figures.paper.registered import EVIDENCE, NO_EFFECT, PRIMARY, exact, interval, power, verdict
 
 TASKS, LAYERS, IMAGES, DIM = 5, 3, 4, 8
 START_LPA = 0.3  # patches by which LPA starts below the baseline

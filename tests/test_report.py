@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import claims, paper, report
+from figures.paper import claims, report
+from figures.paper import drawings as paper
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here")

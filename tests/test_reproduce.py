@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from cil import recipes
 from cil.device import processor
-from figures import reproduce as making
-from figures.paper import ARTIFACTS
-from figures.reproduce import Scale, cost_of, jobs_of, needs, nominal, reproduce
+from figures.paper import reproduce as making
+from figures.paper.drawings import ARTIFACTS
+from figures.paper.reproduce import Scale, cost_of, jobs_of, needs, nominal, reproduce
+from figures.paper.study import Sizes, Study
 from locality_probe.cli import main
-from locality_probe.study import Sizes, Study
 from locality_probe.sweep import choose_place
 from locality_probe.tables import CLAIMS
 

@@ -39,7 +39,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from figures.claims import (
+from figures.paper.claims import (
     FAILS,
     HOLDS,
     MIN_SEEDS,
@@ -58,7 +58,7 @@ from figures.claims import (
     tested,
     whole_row,
 )
-from figures.selection import HALF_AN_EPOCH, Tables, initial_layers_of, layers_of, measured, pairs, scope
+from figures.paper.selection import HALF_AN_EPOCH, Tables, initial_layers_of, layers_of, measured, pairs, scope
 from locality_probe.tables import CLAIMS
 
 NO_EFFECT = "no effect that matters"

@@ -28,7 +28,7 @@ import pandas as pd
 from scipy import stats
 
 from cil.evaluate import scores
-from figures.selection import (
+from figures.paper.selection import (
     HALF_AN_EPOCH,
     Tables,
     alike,
@@ -90,7 +90,7 @@ def judge(tables: Tables) -> pd.DataFrame:
     runs, rows = tables["runs.csv"], []
     scale = runs["scale"].iloc[0] if len(runs) else ""
     if scale == REGISTERED:
-        from figures import registered  # which takes its statistics from this module
+        from figures.paper import registered  # which takes its statistics from this module
 
         return registered.judge(tables)
     for claim, collect in EVIDENCE.items():

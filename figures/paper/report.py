@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cil.files import write_text
-from figures import claims, paper, paper_tables, registered, style
-from figures.claims import Tables
-from figures.paper import ARTIFACTS, Built, NotRun
+from figures import paper_tables, style
+from figures.paper import claims, registered
+from figures.paper import drawings as paper
+from figures.paper.claims import Tables
+from figures.paper.drawings import ARTIFACTS, Built, NotRun
 from locality_probe.tables import INITIAL, after_tasks
 
 TEMPLATE = Path(__file__).with_name("report.html")

@@ -20,13 +20,13 @@ from figures import (
     gap,
     nonlocality_over_tasks,
     paper_tables,
-    registered,
     style,
     sweeps,
     transfer,
 )
 from figures.attention_examples import Example
-from figures.claims import (
+from figures.paper import registered
+from figures.paper.claims import (
     MIN_SEEDS,
     REGISTERED,
     Tables,
@@ -37,8 +37,8 @@ from figures.claims import (
     scope,
     systems,
 )
+from figures.paper.study import Study
 from locality_probe.intervals import intervals, over_seeds
-from locality_probe.study import Study
 from locality_probe.tables import CLAIMS, INITIAL, INTERVALS, NONLOCALITY, STUDY, TRANSFER, after_tasks
 
 

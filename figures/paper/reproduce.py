@@ -23,10 +23,11 @@ from cil.run import Run
 from cil.schedule import plan as phases_of
 from cil.schedule import total_steps
 from cil.train import in_class_order, load_dataset
-from figures import claims, paper, report
+from figures.paper import claims, report
+from figures.paper import drawings as paper
+from figures.paper.study import Measuring, Sizes, Study, measure_all
 from locality_probe import sweep
 from locality_probe.progress import counter
-from locality_probe.study import Measuring, Sizes, Study, measure_all
 from locality_probe.sweep import Job
 
 BOTH = ("baseline", "baseline-lpa")

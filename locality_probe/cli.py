@@ -521,15 +521,16 @@ def reproduce(scale, only, out, data_dir, executor, workers, threads, slurm, dry
     Prints its plan and the estimated time first. Interrupted, it goes on; repeated, it does nothing. Writes
     OUT/report.html, OUT/figures (PNG, PDF, CSV; claims.csv), OUT/tables (what was measured) and OUT/runs (weights).
     """
+    from figures.paper import plan
     from figures.paper import reproduce as making
     from locality_probe import sweep as sweeps
 
     out = out or Path("runs") / f"reproduce-{scale}"
     typed(check_folder, out)
     names = list(dict.fromkeys(filter(None, (only or "").split(","))))
-    typed(making.check, scale, names)
+    typed(plan.check, scale, names)
     trained_on = device if executor == "slurm" else resolve_device(device)  # the cluster's nodes have their own
-    runs = len(making.all_jobs(scale, out, data_dir))
+    runs = len(plan.all_jobs(scale, out, data_dir))
     place = typed(sweeps.choose_place, executor, runs, out, trained_on, workers, threads, list(slurm))
     device = resolve_device("auto" if executor == "slurm" else device)
     with resumable():

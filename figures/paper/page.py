@@ -5,7 +5,7 @@ The page counts layers and tasks from 1, as the paper does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import pandas as pd
 from cil.files import atomically, write_text
 from figures import style
 from figures.paper.artifacts import ARTIFACTS, Built, NotRun
-from figures.paper.claim import Claim
 from figures.paper.claims import claims_of
 from figures.paper.judge import FAILS, HOLDS, MIN_SEEDS, NO_EFFECT, UNDECIDED
 from figures.paper.selection import Tables
@@ -22,18 +21,19 @@ from locality_probe.tables import CLAIMS
 
 ALL_PARTS_DECIDE = (
     "Statistics and rule were fixed beforehand: `figures/paper/claims/general.py`, `figures/paper/judge.py`. Above 0 is what "
-    "the paper says. "
-    "Intervals are 95 %: Student's t over seeds, for all parts of a claim at once, and bootstrap over images. A part "
-    f"holds where both lie above 0, does not hold where both lie below; fewer than {MIN_SEEDS} seeds decide nothing.\n"
+    "the paper says. Intervals are 95 %: Student's t over seeds, for all parts of a claim at once, and bootstrap over images. "
+    f"A part holds where both lie above 0, does not hold where both lie below; fewer than {MIN_SEEDS} seeds decide nothing.\n"
     "A claim holds if all its parts do, and does not hold if one of them does not. C2* is a control, added after C2 was "
     "looked at."
 )
+REGISTERED = {  # scale with claims of its own -> where and when they were registered
+    "learned": "Statistics and rule were registered on 2026-11-26, before the main runs had ended: "
+    "`figures/paper/claims/registered.py`, `figures/paper/judge.py`. ",
+}
 ONE_PART_DECIDES = (
-    "Statistics and rule were registered on 2026-11-26, before the main runs had ended: `figures/paper/claims/registered.py`, "
-    "`figures/paper/judge.py`. Above 0 is "
-    "what the paper says. One statistic per claim decides it: the one in bold. The other parts are shown and never decide. "
-    "Intervals are 95 %, over seeds, paired: Student's t and, from six seeds on, the exact interval of the sign-flip test; the "
-    "wider one is shown, for all parts that do not decide at once. The verdict is the first that is true: fewer than "
+    "Above 0 is what the paper says. One statistic per claim decides it: the one in bold. The other parts are shown and never "
+    "decide. Intervals are 95 %, over seeds, paired: Student's t and, from six seeds on, the exact interval of the sign-flip "
+    "test; the wider one is shown, for all parts that do not decide at once. The verdict is the first that is true: fewer than "
     f"{MIN_SEEDS} seeds, {UNDECIDED}; the interval inside -margin to margin, {NO_EFFECT}; above 0, {HOLDS}; below 0, {FAILS}; "
     f"else {UNDECIDED}. Margin is the smallest effect that matters. Power is the chance that so many seeds, which spread as "
     "these do, have a t interval above 0 if the true effect is twice the margin."
@@ -47,13 +47,13 @@ def write(built: Built, tables: Tables, out: str | Path, echo: Callable[[str], N
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, found in built.items():
-        if isinstance(found, NotRun):
+    for name, made in built.items():
+        if isinstance(made, NotRun):
             for suffix in (".png", ".pdf", ".csv", ".txt", ".md"):
                 (out / f"{name}{suffix}").unlink(missing_ok=True)
-            echo(f"{name}: not run ({found})")
+            echo(f"{name}: not run ({made})")
             continue
-        frame, drawn, runs = found
+        frame, drawn, runs = made
         atomically(out / f"{name}.csv", lambda part, frame=frame: _nine_digits(frame).to_csv(part, index=False))
         write_text(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance_line(tables, name, runs)}\n")
         if isinstance(drawn, str):
@@ -100,16 +100,14 @@ def provenance_line(tables: Tables, name: str, runs: Iterable[str]) -> str:
     return "; ".join(words + shown) + "."
 
 
-def claims_page(judged: pd.DataFrame, claims: Mapping[str, Claim] | None = None) -> str:
+def claims_page(judged: pd.DataFrame) -> str:
     """CLAIMS as Markdown: one verdict per claim, and below each the numbers that it rests on.
 
-    claims: those that were judged, by name; by default the claims of the study's scale. Where one part alone decides, it is in
-    bold and marked, and margin and power are shown.
+    Where one part alone decides, it is in bold and marked, and margin and power are shown.
     """
     scale = judged["scale"].iloc[0] if len(judged) else ""
-    claims = claims_of(scale) if claims is None else claims
-    decides = {name: claim.decides for name, claim in claims.items() if claim.decides}
-    rule = ONE_PART_DECIDES if decides else ALL_PARTS_DECIDE
+    decides = {name: claim.decides for name, claim in claims_of(scale).items() if claim.decides}
+    rule = REGISTERED.get(scale, "") + ONE_PART_DECIDES if decides else ALL_PARTS_DECIDE
     lines = ["# The paper's claims", "", f"Scale `{scale}`. {rule}", "", "| claim | verdict | why |", "|---|---|---|"]
     for row in judged[judged["part"] == ""].itertuples():
         lines.append(f"| {row.claim}: {row.statistic} | **{row.verdict}** | {row.reason} |")

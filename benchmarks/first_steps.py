@@ -24,7 +24,7 @@ import torch
 
 from cil import checkpoint, recipes
 from cil.train import Progress, train
-from figures.reproduce import jobs_of, needs
+from figures.paper.plan import jobs_of, needs
 
 
 class Enough(Exception):

@@ -12,7 +12,7 @@ import sys
 
 import pandas as pd
 
-from locality_probe.study import Study
+from figures.paper.study import Study
 from locality_probe.tables import INITIAL, after_tasks
 
 LAYER = 1  # the second self-attention layer

@@ -33,12 +33,15 @@ def main(results: Path, out: Path | None) -> None:
 
 
 def draw_study(path: Path, folder: Path) -> None:
-    from figures import claims, paper, report
+    from figures.paper import page, report
+    from figures.paper.artifacts import build
+    from figures.paper.claims import judge
+    from figures.paper.study import load
 
-    tables = paper.load(path.parent)
-    built, judged = paper.build(tables), claims.judge(tables)
-    paper.write(built, tables, folder, click.echo)
-    paper.write_claims(judged, folder, click.echo)
+    tables = load(path.parent)
+    built, judged = build(tables), judge(tables)
+    page.write(built, tables, folder, click.echo)
+    page.write_claims(judged, folder, click.echo)
     click.echo(f"wrote {report.write(tables, built, judged, folder / 'report.html')}")
 
 

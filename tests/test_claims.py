@@ -8,20 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import claims
-from figures.claims import (
-    FAILS,
-    HOLDS,
-    UNDECIDED,
-    depth_sweep,
-    first_setting,
-    judge,
-    lambda_sweep,
-    scope,
-    systems,
-    verdict,
-)
-from figures.paper import claims_page
+from figures.paper.claims import claims_of, judge
+from figures.paper.claims.quantities import percents
+from figures.paper.judge import FAILS, HOLDS, UNDECIDED
+from figures.paper.page import claims_page
+from figures.paper.selection import depth_sweep, first_setting, lambda_sweep, scope, systems
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +25,11 @@ def judged(tables):
     return judge(tables).set_index(["claim", "part"])
 
 
-THREE = np.ones(3)
-
-
-@pytest.mark.parametrize(
-    ("values", "low", "high", "low_images", "high_images", "expected"),
-    [
-        (THREE, 0.1, 0.3, math.nan, math.nan, HOLDS),
-        (THREE, 0.1, 0.3, 0.1, 0.2, HOLDS),
-        (THREE, 0.1, 0.3, -0.1, 0.2, UNDECIDED),
-        (THREE, -0.3, -0.1, math.nan, math.nan, FAILS),
-        (THREE, -0.3, -0.1, -0.2, 0.1, UNDECIDED),
-        (THREE, -0.1, 0.1, 0.1, 0.2, UNDECIDED),
-        (np.ones(2), 0.1, 0.3, 0.1, 0.2, UNDECIDED),
-        (np.ones(1), math.nan, math.nan, 0.1, 0.2, UNDECIDED),
-    ],
-)
-def test_rule(values, low, high, low_images, high_images, expected):
-    assert verdict(values, low, high, low_images, high_images) == expected
-
-
 def test_every_claim_has_a_row_as_a_whole_and_its_parts(judged):
     assert [claim for claim, part in judged.index if not part] == ["C1", "C2", "C2*", *(f"C{i}" for i in range(3, 9))]
-    for claim in claims.EVIDENCE:
+    for claim, declared in claims_of("demo").items():
         assert len(judged.loc[claim]) > 1, claim
-        assert judged.loc[(claim, ""), "statistic"] == claims.SENTENCES[claim]
+        assert judged.loc[(claim, ""), "statistic"] == declared.sentence
 
 
 def test_slopes_and_gaps_are_those_of_the_formula(judged):
@@ -84,7 +55,7 @@ def test_lpa_that_grows_faster_does_not_stay_low(judged):
 def test_accuracy_is_paired_over_methods_and_seeds(tables, judged):
     rows = judged.loc["C4"].drop("")
     assert set(rows["seeds"]) == {6}
-    percent = claims.percents(tables)
+    percent = percents(tables)
     last = [percent[f"demo-{m}-lpa-s{s}"]["Last"] - percent[f"demo-{m}-s{s}"]["Last"] for m in ("baseline", "dytox")
             for s in range(3)]  # fmt: skip
     assert rows.loc["Last", "value"] == pytest.approx(np.mean(last))
@@ -103,7 +74,7 @@ def test_eigenvalues_by_both_conventions(judged):
 
 
 def test_sweeps(tables, judged):
-    percent = claims.percents(tables)
+    percent = percents(tables)
     near = percent["demo-baseline-lpa-s0"]["Avg"]
     far = np.mean([percent[f"demo-baseline-lambda-{v}-s0"]["Avg"] for v in ("0.002", "1")])
     assert judged.loc[("C6", "near 0.02"), "value"] == pytest.approx(near - far, abs=0.1)

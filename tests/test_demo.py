@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 
-from figures import demo
+from figures.paper import demo
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from figures import claims, paper
+from figures.paper.artifacts import build
+from figures.paper.claims import judge
+from figures.paper.study import load
 from locality_probe.cli import main
 from locality_probe.tables import CLAIMS
 
@@ -103,14 +105,14 @@ def test_no_text_is_left_to_fill_in():
 
 
 def test_the_readme_says_what_the_committed_study_says():
-    tables = paper.load(ROOT / "data/results/small")
-    judged = claims.judge(tables)
+    tables = load(ROOT / "data/results/small")
+    judged = judge(tables)
     pd.testing.assert_frame_equal(CLAIMS.read(ROOT / "docs/small/claims.csv"), judged, check_dtype=False)
     whole = judged[judged["part"] == ""].set_index("claim")["verdict"].str.removesuffix(" at this scale")
     said = re.findall(r"^\| (C\d(?:\\\*)?) [^|]*\| \**([a-z ]+?)\** \|", README, flags=re.M)
     assert {claim.replace("\\", ""): verdict for claim, verdict in said} == whole.to_dict()
 
-    frame = paper.build(tables, ["table1"])["table1"][0].dropna(subset="ours")
+    frame = build(tables, ["table1"])["table1"][0].dropna(subset="ours")
     cells = re.findall(
         r"^\| \S* ?\| .* \| ([\d.]+ / [\d.]+ / [\d.]+) \| ([\d.]+ / [\d.]+ / [\d.]+) \| (\d) \|$", README, flags=re.M
     )

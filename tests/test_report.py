@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import claims, paper, report
+from figures.paper import report
+from figures.paper.artifacts import build
+from figures.paper.claims import judge
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here")
@@ -32,7 +34,7 @@ def tables():
 @pytest.fixture(scope="module")
 def page(tables, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    return report.write(tables, paper.build(tables), claims.judge(tables), path)
+    return report.write(tables, build(tables), judge(tables), path)
 
 
 class Browser:
@@ -117,7 +119,7 @@ def test_one_file_without_network(page):
 
 
 def test_it_says_what_the_tables_say(page, tables):
-    text, judged = page.read_text(), claims.judge(tables)
+    text, judged = page.read_text(), judge(tables)
     for row in judged[judged["part"] == ""].itertuples():
         mark = {"holds": "yes", "does not hold": "no"}.get(row.verdict, "open")
         assert f'<th scope="row">{row.claim}</th>' in text and f'<td class="{mark}">{row.verdict}</td>' in text
@@ -131,13 +133,13 @@ def test_it_says_what_the_tables_say(page, tables):
 
 def test_names_are_escaped(tables):
     runs = tables["runs.csv"].assign(torch="<script>alert(1)</script>")
-    text = report.render(tables | {"runs.csv": runs}, paper.build(tables), claims.judge(tables))
+    text = report.render(tables | {"runs.csv": runs}, build(tables), judge(tables))
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
 
 
 def test_without_attention_the_rest_is_there(tables):
     less = tables | {"attention.parquet": tables["attention.parquet"].iloc[:0]}
-    text = report.render(less, paper.build(less), claims.judge(less))
+    text = report.render(less, build(less), judge(less))
     assert "Figure 2: locality degradation" in text and "not run (no attention over the examples)" in text
     assert '<script type="application/json" id="data">{}</script>' in text
 

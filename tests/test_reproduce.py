@@ -7,16 +7,16 @@ import shutil
 
 import pandas as pd
 import pytest
-import torch
 from click.testing import CliRunner
 
 from cil import recipes
-from cil.device import processor
-from figures import reproduce as making
-from figures.paper import ARTIFACTS
-from figures.reproduce import Scale, cost_of, jobs_of, needs, nominal, reproduce
+from figures.paper import cost, scales
+from figures.paper import reproduce as making
+from figures.paper.artifacts import ARTIFACTS
+from figures.paper.reproduce import reproduce
+from figures.paper.scales import Scale
+from figures.paper.study import Sizes, Study
 from locality_probe.cli import main
-from locality_probe.study import Sizes, Study
 from locality_probe.sweep import choose_place
 from locality_probe.tables import CLAIMS
 
@@ -35,7 +35,7 @@ def tiny():
     cut = dict(num_classes=4, images_per_class=12, dim=24, num_heads=4, depth=3, epochs_first=1, epochs=1, warmup_epochs=0,
                finetune_epochs=1, batch_size=16, memory=8)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(making.SCALES, "demo", TINY)
+        patch.setitem(scales.SCALES, "demo", TINY)
         patch.setattr(recipes, "SCALES", recipes.SCALES | {"demo": lambda: dataclasses.replace(recipes.demo(), **cut)})
         for name, build in list(recipes.RECIPES.items()):
             if name.startswith("demo-"):
@@ -147,7 +147,7 @@ def test_a_missing_run_is_trained_and_no_other(made, tmp_path):
 def test_what_failed_is_said_at_the_end_and_the_rest_is_drawn(tiny, tmp_path, monkeypatch):
     bad = dataclasses.replace(recipes.find("demo-baseline"), scenario="B5-2")
     monkeypatch.setitem(recipes.RECIPES, "demo-dytox", lambda: dataclasses.replace(bad, method="dytox", seed=0))
-    monkeypatch.setattr(making, "cost_of", lambda jobs, *_: [(1, 1, 1.0)] * len(jobs))
+    monkeypatch.setattr(cost, "cost_of", lambda jobs, *_: [(1, 1, 1.0)] * len(jobs))
     with pytest.raises(ValueError, match=r"the same command tries again:\ndemo-dytox-s0: .*B5-2"):
         again(tmp_path / "out", "table1")
     assert "DyTox+ | - / - / - | not run" in (tmp_path / "out/figures/table1.md").read_text()
@@ -172,7 +172,7 @@ def test_names_are_checked_first(tmp_path):
 
 
 def test_data_that_are_not_there_are_asked_for_after_the_plan(tmp_path, monkeypatch):
-    monkeypatch.setattr(making, "cost_of", lambda jobs, *_: [(1, 1, 1.0)] * len(jobs))
+    monkeypatch.setattr(cost, "cost_of", lambda jobs, *_: [(1, 1, 1.0)] * len(jobs))
     words = ["reproduce", "--scale", "small", "--only", "fig1", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     run = CliRunner().invoke(main, words)
     assert run.exit_code == 1 and "9 runs to train" in run.output
@@ -181,91 +181,3 @@ def test_data_that_are_not_there_are_asked_for_after_the_plan(tmp_path, monkeypa
     run = CliRunner().invoke(main, [*words[:2], "paper", *words[3:], "--only", "fig1,table2", "--dry-run"])
     assert run.exit_code == 0
     assert f"data: no CIFAR-100 in {tmp_path}" in run.output and f"data: no ImageNet in {tmp_path}" in run.output
-
-
-@pytest.mark.parametrize("scale", ["demo", "learned", "small", "paper"])
-def test_runs_of_equal_settings_are_one(scale, tmp_path):
-    of = needs(scale)
-    jobs = jobs_of(of["report"], tmp_path, "data")
-    start = {"demo": "demo", "learned": "learned-b2-2", "small": "small-b10-10", "paper": "paper-b10-10"}[scale]
-    assert jobs[f"{start}-baseline-nlpa-0", 0].name == f"{start}-baseline-s0"
-    assert jobs[f"{start}-baseline-lambda-0.02", 0].name == f"{start}-baseline-lpa-s0"
-    distinct = set(jobs.values())
-    settings = {dataclasses.replace(job.run, recipe="") for job in distinct}
-    assert len(settings) == len(distinct)
-    assert set(of) - {"claims", "report"} <= set(ARTIFACTS)
-
-
-def test_what_a_drawing_shows_is_what_it_needs():
-    for name, artifact in ARTIFACTS.items():
-        assert {kind for _, _, kind in needs("small")[name]} - {"accuracy"} == set(artifact.kinds), name
-
-
-def test_scales_cover_what_the_issue_of_each_is():
-    small, paper = (jobs_of(needs(scale)["report"], making.Path("runs"), "data") for scale in ("small", "paper"))
-    names = {job.name for job in small.values()}
-    for system in making.FOUR:
-        for seed in range(3):
-            assert {f"small-b10-10-{system}-s{seed}", f"small-b10-10-{system}-s{seed}-joint"} <= names
-    assert {f"small-{s}-baseline{lpa}-s0" for s in ("b50-10", "b5-5", "b50-5") for lpa in ("", "-lpa")} <= names
-    assert len([name for name in names if "-lambda-" in name]) == len(recipes.LAMBDAS) - 1
-    assert len([name for name in names if "-nlpa-" in name]) == 4
-    cells = {job.name for job in paper.values() if job.run.training == "incremental"}
-    assert {f"paper-{setting}-{system}-s0" for setting in recipes.PUBLISHED for system in making.FOUR} <= cells
-
-
-def test_learned_trains_what_was_registered_in_its_order():
-    jobs = list(dict.fromkeys(making.all_jobs("learned", making.Path("runs"), "data").values()))
-    jobs.sort(key=lambda job: job.turn)
-    names = [job.name.removeprefix("learned-") for job in jobs]
-    assert len(names) == 116
-    main = [f"b2-2-baseline{lpa}-s{seed}{training}" for seed in range(8) for lpa in ("", "-lpa")
-            for training in ("", "-joint-as-long", "-joint-terminal")]  # fmt: skip
-    assert set(names[:48]) == set(main) and set(names[:6]) == {name for name in main if "-s0" in name}
-    later = [
-        "joint",
-        "mhsa",
-        "gate",
-        "lpa-frozen",
-        "lpa-random",
-        "lambda-0.002",
-        "lambda-1",
-        "nlpa-2",
-        "b6-2",
-        "dytox",
-        "alphabetical",
-    ]
-    first = [next(i for i, name in enumerate(names) if part in name and name not in main) for part in later]
-    assert min(first) == 48 and [jobs[i].turn // 1000 for i in first] == [1, 2, 3, 3, 3, 4, 4, 4, 5, 6, 7]
-    assert all(job.run.checkpoints.startswith("0,10,30,100,") for job in jobs)
-
-
-def test_cost_is_at_the_pace_of_what_was_run(tmp_path):
-    jobs = list(dict.fromkeys(jobs_of(needs("paper")["fig1"], tmp_path, "data").values()))
-    study = Study(tmp_path)
-    row = {
-        "run": "x", "scale": "paper", "setting": "b10-10", "system": "baseline", "method": "baseline", "n_lpa": 0,
-        "lpa_blocks": 5, "lambda_init": 0.02, "training": "incremental", "seed": 0, "tasks": 1, "classes": 10, "steps": 10,
-        "images": 1000, "seconds": 20.0, "git": "", "trainer": 2, "torch": "", "device": processor("cpu"), "settings": "{}",
-    }  # fmt: skip
-    elsewhere = row | {"run": "z", "seconds": 99.0, "device": "another"}
-    joint = row | {"run": "y", "training": "joint", "seconds": 10.0}
-    study.add("x", {"runs.csv": pd.DataFrame([row])}, {"run": "x", "kind": "accuracy"} | dict.fromkeys(
-        ("images", "seconds"), 1) | dict.fromkeys(("source", "sha256", "git"), ""))  # fmt: skip
-    study.add("y", {"runs.csv": pd.DataFrame([joint])}, {"run": "y", "kind": "accuracy"} | dict.fromkeys(
-        ("images", "seconds"), 1) | dict.fromkeys(("source", "sha256", "git"), ""))  # fmt: skip
-    study.add("z", {"runs.csv": pd.DataFrame([elsewhere])}, {"run": "z", "kind": "accuracy"} | dict.fromkeys(
-        ("images", "seconds"), 1) | dict.fromkeys(("source", "sha256", "git"), ""))  # fmt: skip
-    for job, (steps, images, seconds) in zip(jobs, cost_of(jobs, study, 1, "cpu"), strict=True):
-        assert steps == (640_100 if job.run.training == "joint" else 156_560)
-        assert images == 256 * steps and seconds == pytest.approx(
-            images * (0.01 if job.run.training == "joint" else 0.02)
-        )
-
-
-def test_nominal_images_take_no_memory():
-    run = recipes.find("paper-imagenet-b10-10-baseline")
-    dataset = nominal(run)
-    assert len(dataset.train) == 130_000 and dataset.image_size == (224, 224)
-    assert dataset.train.images.untyped_storage().nbytes() == 3 * 224 * 224
-    assert torch.equal(torch.bincount(dataset.test.labels), torch.full((100,), 50))

@@ -9,9 +9,9 @@ import pytest
 from cil import recipes
 from cil.checkpoint import open_run
 from cil.evaluate import scores
+from figures.paper.study import KINDS, Sizes, Study, examples, measure, measure_all
 from locality_probe import survey
 from locality_probe.images import load_images
-from locality_probe.study import KINDS, Sizes, Study, examples, measure, measure_all
 from locality_probe.subject import from_run
 from locality_probe.tables import ATTENTION, STUDY
 

@@ -20,7 +20,7 @@ def demo_command(out, threads, device) -> None:
     Two trainings run at once, with one thread each or --threads. Interrupted and started again, it goes on where it was.
     """
     options.check_folder(out)
-    from figures.demo import run_demo
+    from figures.paper.demo import run_demo
 
     device = options.compute_on(device, threads)
     with resumable():

@@ -12,8 +12,8 @@ from locality_probe.typed import typed
 
 
 @command("reproduce")
-@click.option("--scale", default="demo", show_default=True, help="demo: digits, minutes | small: CIFAR-100 cut to hours on "
-              "2 cores | paper: the protocol, for GPUs")  # fmt: skip
+@click.option("--scale", default="demo", show_default=True, help="demo: digits, minutes | learned: ten classes of "
+              "CIFAR-100, hours on 2 cores | small: CIFAR-100 cut to hours | paper: the protocol, for GPUs")  # fmt: skip
 @click.option(
     "--only", metavar="NAME,...", help="Only these: fig1 to fig9, gap, steps, curves, table1, table2, claims, report."
 )
@@ -28,15 +28,15 @@ def reproduce_command(scale, only, out, data_dir, executor, workers, threads, sl
     Prints its plan and the estimated time first. Interrupted, it goes on; repeated, it does nothing. Writes
     OUT/report.html, OUT/figures (PNG, PDF, CSV; claims.csv), OUT/tables (what was measured) and OUT/runs (weights).
     """
-    from figures import reproduce
+    from figures.paper import plan, reproduce
     from locality_probe import sweep
 
     out, data_dir = out or Path("runs") / f"reproduce-{scale}", data_dir or "data"
     options.check_folder(out)
     names = list(dict.fromkeys(filter(None, (only or "").split(","))))
-    typed(reproduce.check, scale, names)
+    typed(plan.check, scale, names)
     trained_on = device if executor == "slurm" else options.compute_on(device)  # the cluster's nodes have their own
-    runs = len(reproduce.all_jobs(scale, out, data_dir))
+    runs = len(plan.all_jobs(scale, out, data_dir))
     place = typed(sweep.choose_place, executor, runs, out, trained_on, workers, threads, list(slurm))
     device = options.compute_on("auto" if executor == "slurm" else device)
     with resumable():

@@ -8,6 +8,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cil.files import write_text
-from figures import claims, paper, paper_tables, registered, style
-from figures.claims import Tables
-from figures.paper import ARTIFACTS, Built, NotRun
+from figures import paper_tables, style
+from figures.paper.artifact import SECTIONS
+from figures.paper.artifacts import ARTIFACTS, Built, NotRun, in_section
+from figures.paper.artifacts.common import WORDS, setting_title, usual
+from figures.paper.artifacts.distances import REGIME, distances_of
+from figures.paper.judge import FAILS, HOLDS, NO_EFFECT
+from figures.paper.page import provenance_line
+from figures.paper.selection import Tables
 from locality_probe.tables import INITIAL, after_tasks
 
 TEMPLATE = Path(__file__).with_name("report.html")
+PICTURES = [section for section in SECTIONS if section != "tables"]
 MOST_BYTES = 15_000_000
 SIDES = (("incremental", False, "CIL"), ("joint", False, "joint"), ("incremental", True, "CIL with LPA"))
-SECTIONS = ("gap", "steps", "fig4", "fig6", "fig1", "curves", "fig2", "fig3", "fig7", "fig5", "fig8", "fig9")
 
 
 def write(tables: Tables, built: Built, judged: pd.DataFrame, path: str | Path) -> Path:
@@ -44,14 +50,8 @@ def render(tables: Tables, built: Built, judged: pd.DataFrame) -> str:
         "evidence": evidence(judged),
         "distances": distances(tables),
         "heat": of_artifact(built, "gap", lambda frame, drawn, runs: heat(frame)),
-        "tables": "".join(
-            of_artifact(built, name, lambda frame, drawn, runs, name=name: accuracy(tables, name, frame, runs))
-            for name in ("table1", "table2")
-        ),
-        "figures": "".join(
-            of_artifact(built, name, lambda frame, drawn, runs, name=name: picture(tables, name, drawn, runs))
-            for name in SECTIONS
-        ),
+        "tables": artifacts_of(built, ["tables"], partial(accuracy, tables)),
+        "figures": artifacts_of(built, PICTURES, partial(picture, tables)),
         "provenance": provenance(tables),
         "data": json.dumps(viewer(tables)).replace("<", "\\u003c"),  # nothing in it can end the script
     }
@@ -59,6 +59,12 @@ def render(tables: Tables, built: Built, judged: pd.DataFrame) -> str:
     for name, content in parts.items():
         text = text.replace(f"<!--{name}-->", content)
     return text
+
+
+def artifacts_of(built: Built, sections: list[str], make: Callable[..., str]) -> str:
+    """What `make(name, frame, drawing, runs)` gives for each figure or table of these sections, in their order."""
+    names = [name for section in sections for name in in_section(section)]
+    return "".join(of_artifact(built, name, partial(make, name)) for name in names)
 
 
 def of_artifact(built: Built, name: str, make: Callable[..., str]) -> str:
@@ -83,7 +89,7 @@ def table(header: list[str], rows: list[list[str]], caption: str = "", classes: 
 
 def summary(tables: Tables) -> str:
     runs = tables["runs.csv"]
-    settings = ", ".join(paper.setting_title(s) for s in dict.fromkeys(runs["setting"]))
+    settings = ", ".join(setting_title(s) for s in dict.fromkeys(runs["setting"]))
     hours = runs["seconds"].sum() / 3600
     return (
         f"{len(runs)} runs on {html.escape(settings)}; {runs['steps'].sum():,} training steps in {hours:.1f} hours, "
@@ -94,7 +100,7 @@ def summary(tables: Tables) -> str:
 def verdicts(judged: pd.DataFrame) -> str:
     rows = []
     for row in judged[judged["part"] == ""].itertuples():
-        mark = {claims.HOLDS: "yes", claims.FAILS: "no", registered.NO_EFFECT: "no"}.get(row.verdict, "open")
+        mark = {HOLDS: "yes", FAILS: "no", NO_EFFECT: "no"}.get(row.verdict, "open")
         rows.append(
             [row.claim, html.escape(row.statistic), f'<td class="{mark}">{row.verdict}</td>', html.escape(row.reason)]
         )
@@ -118,34 +124,35 @@ def evidence(judged: pd.DataFrame) -> str:
 def distances(tables: Tables) -> str:
     """D_loc, layer by task, of each system and training, with half its interval."""
     try:
-        means, sure, _ = paper.distances_of(tables, ("baseline", "dytox"), (False, True))
+        of_regimes = distances_of(tables, ("baseline", "dytox"), (False, True))
     except NotRun as error:
         return f'<p class="absent">Not run ({html.escape(str(error))})</p>'
-    own = sure[sure["other"] == ""].set_index(["run", "task", "layer"])
-    values = means.groupby(["run", "task", "layer"], sort=False)["d_loc"].mean()
-    blocks = []
-    for run in dict.fromkeys(means["run"]):
-        rows = values[run].unstack("layer").sort_index()
-        body = []
-        for task, cells in rows.iterrows():
-            texts = []
-            for layer, value in cells.items():
-                key = (run, task, layer)
-                half = (
-                    f" <small>± {(own.loc[key, 'high'] - own.loc[key, 'low']) / 2:.3f}</small>"
-                    if key in own.index
-                    else ""
-                )
-                texts.append(f"{value:.3f}{half}")
-            body.append(["as initialised" if task == INITIAL else f"task {task + 1}", *texts])
-        over, n = next(iter(own.loc[[run]][["over", "n"]].itertuples(index=False, name=None)), ("", 0))
-        uniform = means.loc[means["run"] == run, "d_uniform"].iloc[0]
-        words = run.replace(", incremental", ", CIL")
-        caption = (
-            f"{html.escape(words)}: D_loc in patches, ± half a 95 % interval over {n} {over}; uniform {uniform:.3f}"
-        )
-        blocks.append(table(["", *(f"layer {layer + 1}" for layer in rows.columns)], body, caption, "numbers"))
-    return "".join(blocks)
+    sure = of_regimes.intervals
+    regimes = of_regimes.means.groupby(REGIME, sort=False)
+    own = {regime: rows for regime, rows in sure[sure["other"] == ""].groupby(REGIME)}
+    return "".join(
+        distances_of_regime(f"{title}, {WORDS[training]}", means, own.get((title, training), sure.iloc[:0]))
+        for (title, training), means in regimes
+    )
+
+
+def distances_of_regime(title: str, means: pd.DataFrame, own: pd.DataFrame) -> str:
+    """A table of D_loc, one row per task and one column per layer. means: NONLOCALITY; own: INTERVALS of these very means."""
+    own = own.set_index(["task", "layer"])
+    values = means.groupby(["task", "layer"], sort=False)["d_loc"].mean().unstack("layer").sort_index()
+    body = []
+    for task, cells in values.iterrows():
+        texts = []
+        for layer, value in cells.items():
+            low, high = own.loc[(task, layer), ["low", "high"]] if (task, layer) in own.index else (np.nan, np.nan)
+            texts.append(f"{value:.3f}" + (f" <small>± {(high - low) / 2:.3f}</small>" if low == low else ""))
+        body.append(["as initialised" if task == INITIAL else f"task {task + 1}", *texts])
+    over, n = own[["over", "n"]].iloc[0] if len(own) else ("", 0)
+    caption = (
+        f"{html.escape(title)}: D_loc in patches, ± half a 95 % interval over {n} {over}; "
+        f"uniform {means['d_uniform'].iloc[0]:.3f}"
+    )
+    return table(["", *(f"layer {layer + 1}" for layer in values.columns)], body, caption, "numbers")
 
 
 def heat(frame: pd.DataFrame) -> str:
@@ -167,7 +174,8 @@ def heat(frame: pd.DataFrame) -> str:
     return "".join(blocks)
 
 
-def accuracy(tables: Tables, name: str, frame: pd.DataFrame, runs: list[str]) -> str:
+def accuracy(tables: Tables, name: str, frame: pd.DataFrame, page: str, runs: list[str]) -> str:
+    """One of the paper's Tables: frame has the columns of paper_tables."""
     rows = []
     for (scenario, title), cells in frame.groupby(["scenario", "title"], sort=False):
         cells, texts = cells.set_index("metric"), []
@@ -178,19 +186,20 @@ def accuracy(tables: Tables, name: str, frame: pd.DataFrame, runs: list[str]) ->
             texts.append("not run" if np.isnan(ours) else f"{ours:.2f}{spread}")
         rows.append([f"{html.escape(scenario)}, {html.escape(title)}", *texts, str(int(cells["seeds"].iloc[0]) or "")])
     header = ["", *(f"{m}, {who}" for m in paper_tables.METRICS for who in ("published", "ours")), "seeds"]
-    behind = html.escape(paper.provenance(tables, name, runs))
+    behind = html.escape(provenance_line(tables, name, runs))
     caption = f"{ARTIFACTS[name].title}, percent, ± standard deviation over seeds. {behind}"
     return table(header, rows, caption, "numbers")
 
 
-def picture(tables: Tables, name: str, figure: Figure, runs: list[str]) -> str:
+def picture(tables: Tables, name: str, frame: pd.DataFrame, figure: Figure, runs: list[str]) -> str:
+    """A figure as a PNG in the page, with its title and provenance."""
     file = io.BytesIO()
     with style.look():
         figure.savefig(file, format="png", dpi=144, metadata=style.METADATA[".png"])
     title = html.escape(ARTIFACTS[name].title)
     return (
         f'<figure id="{name}"><img src="{uri(file.getvalue())}" alt="{title}"><figcaption>{title}. '
-        f"{html.escape(paper.provenance(tables, name, runs))}</figcaption></figure>"
+        f"{html.escape(provenance_line(tables, name, runs))}</figcaption></figure>"
     )
 
 
@@ -212,7 +221,7 @@ def viewer(tables: Tables) -> dict[str, object]:
 
     d_loc is that of the table, over the test images of the study: side -> [task][layer][head], patches.
     """
-    rows, runs = tables["attention.parquet"], paper.usual(tables)
+    rows, runs = tables["attention.parquet"], usual(tables)
     runs = runs[runs["run"].isin(rows["run"]) & (runs["method"] == "baseline")].sort_values("seed")
     if runs.empty:
         return {}

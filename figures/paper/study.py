@@ -80,6 +80,14 @@ class Study:
         STUDY[file].write(whole.sort_values(list(STUDY[file].keys), kind="stable"), self.folder / file)
 
 
+def load(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables of a study's folder. Raises ValueError where there is no study, naming what is missing."""
+    if not (Path(folder) / "runs.csv").is_file():
+        raise ValueError(f"{folder} holds no runs.csv, so it is no folder of a study's tables")
+    study = Study(folder)
+    return {file: study.read(file) for file in STUDY}
+
+
 def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tuple[Frames, dict[str, object]]:
     """What training wrote down: the accuracy matrix, steps, and the row of RUNS."""
     run, epochs, rows = directory.run, directory.table("training"), directory.table("accuracy")

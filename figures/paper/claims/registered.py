@@ -1,32 +1,16 @@
-"""The claims at the scale `learned`: their statistics and the rule, registered on 2026-11-26, before its main runs had ended.
+"""The claims at the scale `learned`: their statistics, registered on 2026-11-26, before its main runs had ended.
 
 Every statistic is signed so that above 0 is what the paper says, and gives one value per seed; two sides of a comparison are
-runs of the same seed. Each claim has one primary statistic, named in PRIMARY, which alone decides the claim. It is the
+runs of the same seed. Each claim has one primary statistic, named in `decides`, which alone decides the claim. It is the
 claim's first part; on the page it is in bold and marked "(decides)". The other parts are secondary: layers, further
-metrics, further scenarios. They have the same numbers and a verdict each, and never decide.
-
-The interval of n values is for 95 %:
-
-- Student's t over seeds
-- where n is enough (6 for a primary statistic; at most MOST_SEEDS): also the exact interval `exact`, which inverts the
-  sign-flip test of paired differences. It is exact if the differences are symmetric about the effect.
-- the interval reported is the wider one: from the lesser of the low ends to the greater of the high ends
-
-A primary statistic is one, so it is not corrected for multiplicity. The secondary parts of a claim hold at once (Bonferroni).
-There are no intervals over images.
+metrics, further scenarios. They have the same numbers and a verdict each, and never decide. The rule that judges them is
+that of figures.paper.judge where a primary part decides.
 
 `margin` is the smallest effect that matters, in the statistic's unit. Secondary parts have it where their unit is that of the
-primary statistic and the same size matters; the others have none, and so never show that there is no effect. The verdict is
-the first of these that is true:
-
-1. fewer than MIN_SEEDS seeds: undecided at this scale
-2. the interval lies inside (-margin, margin): no effect that matters
-3. the interval lies above 0: holds
-4. the interval lies below 0: does not hold
-5. else: undecided at this scale; the reason says so if an effect of the margin in the paper's direction is ruled out
+primary statistic and the same size matters; the others have none, and so never show that there is no effect.
 
 Systems are selected by their name in RUNS, so that controls (plain MHSA, another GPSA gate, LPA with frozen or random weights)
-are never mistaken for the baseline or for LPA. Which pairs are refused: figures.selection.
+are never mistaken for the baseline or for LPA. Which pairs are refused: figures.paper.selection.
 """
 
 from __future__ import annotations
@@ -37,145 +21,28 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from figures.claims import (
-    FAILS,
-    HOLDS,
-    MIN_SEEDS,
-    REGISTERED,
-    UNDECIDED,
-    Evidence,
-    Part,
+from figures.paper.claim import Collect, Evidence, Part, claim
+from figures.paper.claims.quantities import (
     eigenvalue_ratios,
     images_of,
     over_layers,
-    over_seeds,
-    part_row,
     percents,
     rank_gains,
     slopes,
     tested,
-    whole_row,
 )
-from figures.selection import HALF_AN_EPOCH, Tables, initial_layers_of, layers_of, measured, pairs, scope
-from locality_probe.tables import CLAIMS
+from figures.paper.selection import HALF_AN_EPOCH, Tables, initial_layers_of, layers_of, measured, pairs
 
-NO_EFFECT = "no effect that matters"
-ERROR = 0.05  # of the intervals, both sides together
-MOST_SEEDS = 16  # the exact interval takes 2^n subsets
+SCALE = "learned"
 MAIN, SECOND, OTHER_ORDER = "b2-2", "b6-2", "b2-2-alphabetical"
 PATCHES, POINTS, DECADES, RHO = 0.02, 1.0, math.log10(1.05), 0.2  # margins, in these units
 OTHER_LAMBDAS = (0.002, 0.2, 1.0)
-PRIMARY = {
-    "C1": "growth",
-    "C2": "CIL minus joint",
-    "C2*": "CIL minus joint",
-    "C3": "growth",
-    "C4": "Avg",
-    "C5": "eigenvalues",
-    "C6": "0.02 against the others",
-    "C7": "slope",
-    "C8": "local and useful",
-}
-ON_PAGE = (
-    "Statistics and rule were registered on 2026-11-26, before the main runs had ended: `figures/registered.py`. Above 0 is "
-    "what the paper says. One statistic per claim decides it: the one in bold. The other parts are shown and never decide. "
-    "Intervals are 95 %, over seeds, paired: Student's t and, from six seeds on, the exact interval of the sign-flip test; the "
-    "wider one is shown, for all parts that do not decide at once. The verdict is the first that is true: fewer than "
-    f"{MIN_SEEDS} seeds, {UNDECIDED}; the interval inside -margin to margin, {NO_EFFECT}; above 0, {HOLDS}; below 0, {FAILS}; "
-    f"else {UNDECIDED}. Margin is the smallest effect that matters. Power is the chance that so many seeds, which spread as "
-    "these do, have a t interval above 0 if the true effect is twice the margin."
-)
 
 
-def judge(tables: Tables) -> pd.DataFrame:
-    """The table CLAIMS: for each claim a row as a whole, then a row per part, the primary one first."""
-    runs, rows = scope(tables["runs.csv"]), []
-    for claim, collect in EVIDENCE.items():
-        evidence = collect(tables, runs)
-        secondary = sum(part.name != PRIMARY[claim] for part in evidence.parts)
-        parts = [_row(claim, part, 1 if part.name == PRIMARY[claim] else secondary) for part in evidence.parts]
-        rows += [_whole(claim, parts, evidence.refused), *parts]
-    return CLAIMS.check(pd.DataFrame(rows, columns=list(CLAIMS.columns)))
-
-
-def _row(claim: str, part: Part, at_once: int) -> dict[str, object]:
-    low, high = interval(part.values, at_once)
-    judged, reason = verdict(len(part.values), low, high, part.margin, part.unit)
-    return part_row(
-        claim, part, REGISTERED, (low, high), judged, reason, power=power(part.values, part.margin, at_once)
-    )
-
-
-def _whole(claim: str, parts: list[dict], refused: list[str]) -> dict[str, object]:
-    for part in parts:
-        if part["part"] == PRIMARY[claim]:
-            reasons = [f"{part['part']} decides: {part['reason']}", *refused]
-            return whole_row(claim, parts, part["seeds"], REGISTERED, part["verdict"], reasons)
-    return whole_row(claim, parts, 0, REGISTERED, UNDECIDED, ["not run", *refused])
-
-
-# The rule.
-
-
-def verdict(seeds: int, low: float, high: float, margin: float, unit: str = "") -> tuple[str, str]:
-    """(verdict, what it rests on) of an interval by the rule of this module; a margin of NaN is none."""
-    size = f"{margin:.3g} {unit}".rstrip()
-    if seeds < MIN_SEEDS:
-        return UNDECIDED, f"{seeds} of at least {MIN_SEEDS} seeds"
-    if -margin < low and high < margin:
-        return NO_EFFECT, f"the interval lies inside -{margin:.3g} to {size}"
-    if low > 0:
-        return HOLDS, "the interval lies above 0"
-    if high < 0:
-        return FAILS, "the interval lies below 0"
-    if high < margin:
-        return UNDECIDED, f"the interval includes 0; an effect of {size} in the paper's direction is ruled out"
-    return UNDECIDED, "the interval includes 0"
-
-
-def interval(values: np.ndarray, at_once: int = 1) -> tuple[float, float]:
-    """The interval (low, high) of the mean of values [n]; at_once: for how many statistics it holds together. NaN for n = 1."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    ends = [over_seeds(values, at_once), exact(values, at_once)]
-    return float(np.nanmin(ends)), float(np.nanmax(ends))
-
-
-def exact(values: np.ndarray, at_once: int = 1) -> tuple[float, float]:
-    """The effects that the two-sided sign-flip test of values [n] does not reject: (low, high); NaN where n is too small.
-
-    The means of all 2^n - 1 non-empty subsets of the values cut the line into 2^n intervals, and the effect lies in each with
-    probability 2^-n if the values are symmetric about it (typical values: J. A. Hartigan 1969, JASA 64, 1303-1317). The
-    interval goes from the k-th smallest of these means to the k-th largest, k = floor(2^n x 0.025).
-    """
-    n = len(values)
-    k = math.floor(2**n * ERROR / (2 * at_once)) if n <= MOST_SEEDS else 0
-    if not k:
-        return math.nan, math.nan
-    inside = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1  # [2^n - 1, n]
-    means = np.sort(inside @ values / inside.sum(1))
-    return float(means[k - 1]), float(means[-k])
-
-
-def power(values: np.ndarray, margin: float, at_once: int = 1) -> float:
-    """Chance that n seeds with the standard deviation of values [n] give a t interval above 0, 0 to 1.
-
-    The true effect is twice the margin; t is then noncentral, with 2 margin sqrt(n) / sd. NaN without a margin, and where the
-    rule decides nothing anyhow.
-    """
-    n = len(values)
-    if n < MIN_SEEDS or math.isnan(margin):
-        return math.nan
-    sd = np.std(values, ddof=1)
-    if sd < 1e-9 * margin:
-        return 1.0
-    critical = stats.t.ppf(1 - ERROR / (2 * at_once), n - 1)
-    return float(stats.nct.sf(critical, n - 1, 2 * margin * math.sqrt(n) / sd))
-
-
-# The statistics.
+def registered(name: str, decides: str) -> Callable[[Collect], Collect]:
+    """Declare the statistics of a claim at SCALE; its sentence is that of the claim of this name at all scales."""
+    return claim(name, scale=SCALE, decides=decides)
 
 
 def of_system(runs: pd.DataFrame, system: str, training: str = "incremental", setting: str = MAIN) -> pd.DataFrame:
@@ -204,7 +71,14 @@ def _sides(found: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return [left for left, _ in found], [right for _, right in found]
 
 
+@registered("C1", decides="growth")
 def grows(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """The baseline's D_loc, mean over heads and images, after the last task minus after the first; patches.
+
+    - growth (decides): mean over layers. Above 0: the network looks farther
+    - layer l: the same of one layer
+    - most in deep layers: least-squares slope over layers of the layers' growth, patches a layer; no margin
+    """
     plain = measured(tables, of_system(runs, "baseline"), "nonlocality")
     if not plain:
         return Evidence()
@@ -212,15 +86,23 @@ def grows(tables: Tables, runs: pd.DataFrame) -> Evidence:
     growth = levels[:, -1] - levels[:, 0]  # [seeds, layers]
     what = "D_loc of the baseline after the last task minus after the first"
     return Evidence([
-        _part(PRIMARY["C1"], f"{what}, mean over layers", "patches", growth.mean(1), PATCHES, n),
+        _part("growth", f"{what}, mean over layers", "patches", growth.mean(1), PATCHES, n),
         *_each_layer(what, growth, n),
         _part("most in deep layers", f"slope over layers of: {what}", "patches a layer", slopes(growth, 1), math.nan, n),
     ])  # fmt: skip
 
 
+@registered("C2", decides="CIL minus joint")
 def joint_is_less(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """The baseline against joint training; patches. Above 0: joint training looks less far.
+
+    - CIL minus joint (decides): D_loc after the last task minus D_loc of joint training on all classes for the same epochs
+      (joint-terminal), mean over layers
+    - layer l: the same of one layer
+    - task by task: D_loc of CIL minus D_loc of joint training for each task, mean over layers and the tasks after the first
+    """
     what = "D_loc of CIL after the last task minus D_loc of joint training on all classes for the same epochs"
-    evidence = _minus_joint(tables, runs, "C2", "joint-terminal", math.inf, what)
+    evidence = _minus_joint(tables, runs, "joint-terminal", math.inf, what)
     found, refused = _twins(tables, runs, "joint", math.inf)
     if found:
         cil, joint = (_levels(tables, side)[:, 1:] for side in _sides(found))  # at task 0 both are the same training
@@ -230,23 +112,31 @@ def joint_is_less(tables: Tables, runs: pd.DataFrame) -> Evidence:
     return Evidence(evidence.parts, evidence.refused + refused)
 
 
+@registered("C2*", decides="CIL minus joint")
 def joint_as_long_is_less(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """As C2, against joint training on all classes that takes as many steps as CIL takes in all; patches.
+
+    - CIL minus joint (decides): mean over layers. Above 0: joint training looks less far, though it is as long
+    - layer l: the same of one layer
+    """
     what = "D_loc of CIL after the last task minus D_loc of joint training on all classes with as many steps"
-    return _minus_joint(tables, runs, "C2*", "joint-as-long", HALF_AN_EPOCH, what)
+    return _minus_joint(tables, runs, "joint-as-long", HALF_AN_EPOCH, what)
 
 
 def _twins(tables: Tables, runs: pd.DataFrame, training: str, steps: float):
+    """(baseline, its joint twin) of each seed, and sentences for those refused."""
     cil, joint = of_system(runs, "baseline"), of_system(runs, "baseline", training)
     return pairs(cil, joint, {"training"}, tables, "nonlocality", steps)
 
 
-def _minus_joint(tables: Tables, runs: pd.DataFrame, claim: str, training: str, steps: float, what: str) -> Evidence:
+def _minus_joint(tables: Tables, runs: pd.DataFrame, training: str, steps: float, what: str) -> Evidence:
+    """Parts of claims C2 and C2*: D_loc of CIL minus that of a joint training, after the last task, patches."""
     found, refused = _twins(tables, runs, training, steps)
     if not found:
         return Evidence(refused=refused)
     cil, joint = (_levels(tables, side)[:, -1] for side in _sides(found))
     gap, n = cil - joint, images_of(tables, found[0][0], "nonlocality")  # [seeds, layers]
-    whole = _part(PRIMARY[claim], f"{what}, mean over layers", "patches", gap.mean(1), PATCHES, n)
+    whole = _part("CIL minus joint", f"{what}, mean over layers", "patches", gap.mean(1), PATCHES, n)
     return Evidence([whole, *_each_layer(what, gap, n)], refused)
 
 
@@ -256,7 +146,15 @@ def _lpa_pairs(tables: Tables, runs: pd.DataFrame, kind: str, system: str = "bas
     return pairs(with_lpa, without, {"n_lpa"}, tables, kind)
 
 
+@registered("C3", decides="growth")
 def lpa_stays_low(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """The baseline against the baseline with LPA; D_loc, mean over layers; patches.
+
+    - growth (decides): from after the first task to after the last, without LPA minus with. Above 0: with LPA it grows less
+    - level: after the last task, without LPA minus with. Above 0: LPA looks less far
+    - level less its start: D_loc after the last task less that before training, without LPA minus with; only of seeds that
+      were measured before training
+    """
     found, refused = _lpa_pairs(tables, runs, "nonlocality")
     if not found:
         return Evidence(refused=refused)
@@ -266,7 +164,7 @@ def lpa_stays_low(tables: Tables, runs: pd.DataFrame) -> Evidence:
     since_start = level - (start_plain - start_lpa)
     n, unit = images_of(tables, found[0][0], "nonlocality"), "patches"
     parts = [
-        _part(PRIMARY["C3"], "growth of D_loc from after the first task to after the last, mean over layers: baseline minus "
+        _part("growth", "growth of D_loc from after the first task to after the last, mean over layers: baseline minus "
               "that with LPA", unit, level - (plain[:, 0] - lpa[:, 0]), PATCHES, n),
         _part("level", "D_loc after the last task, mean over layers: baseline minus that with LPA (much of it is there from "
               "the start)", unit, level, PATCHES, n),
@@ -278,10 +176,17 @@ def lpa_stays_low(tables: Tables, runs: pd.DataFrame) -> Evidence:
     return Evidence(parts, refused)
 
 
+@registered("C4", decides="Avg")
 def lpa_pays(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """Systems with LPA against those without, percentage points.
+
+    - Avg (decides), Last: with LPA minus without, of the baseline in the main scenario. Above 0: LPA is better
+    - Fgt: without LPA minus with. Above 0: LPA forgets less
+    - Avg, SCENARIO or METHOD: Avg with LPA minus without, in a further scenario, order of classes or method
+    """
     percent, parts, refused = percents(tables), [], []
     asked = [
-        (PRIMARY["C4"], "Avg", 1, "baseline", MAIN),
+        ("Avg", "Avg", 1, "baseline", MAIN),
         ("Last", "Last", 1, "baseline", MAIN),
         ("Fgt", "Fgt", -1, "baseline", MAIN),
         ("Avg, B6-2", "Avg", 1, "baseline", SECOND),
@@ -299,7 +204,15 @@ def lpa_pays(tables: Tables, runs: pd.DataFrame) -> Evidence:
     return Evidence(parts, refused)
 
 
+@registered("C5", decides="eigenvalues")
 def eigenvalues_grow(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """Eigenvalues of the covariance of the token that the newest head is fed, over test images of all classes.
+
+    - eigenvalues (decides): log10 of (eigenvalue with LPA / eigenvalue without), mean over ranks and tasks, decades.
+      Above 0: they are larger with LPA
+    - effective rank: with LPA minus without, mean over tasks, dimensions; no margin
+    - largest five: as `eigenvalues`, over the five largest
+    """
     found, refused = _lpa_pairs(tables, runs, "spectrum")
     if not found:
         return Evidence(refused=refused)
@@ -308,7 +221,7 @@ def eigenvalues_grow(tables: Tables, runs: pd.DataFrame) -> Evidence:
     largest = [logs[logs.index.get_level_values("rank") < 5].mean() for logs in ratios]
     ratio = "log10 of eigenvalue with LPA over that without, mean over"
     return Evidence([
-        _part(PRIMARY["C5"], f"{ratio} ranks; {of_what}", "decades", [logs.mean() for logs in ratios], DECADES, n),
+        _part("eigenvalues", f"{ratio} ranks; {of_what}", "decades", [logs.mean() for logs in ratios], DECADES, n),
         _part("effective rank", f"effective rank with LPA minus without; {of_what}", "dimensions",
               rank_gains(tables, found), math.nan, n),
         _part("largest five", f"{ratio} the five largest; {of_what}", "decades", largest, DECADES, n),
@@ -327,7 +240,13 @@ def _gains(tables: Tables, runs: pd.DataFrame, systems: dict[float, tuple[str, s
     return gains, refused
 
 
+@registered("C6", decides="0.02 against the others")
 def best_near(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """The baseline with LPA at lambda_init 0.02, as published, against OTHER_LAMBDAS; Avg, points. Above 0: 0.02 is better.
+
+    - 0.02 against the others (decides): Avg minus the mean of Avg of the others, of seeds that have them all
+    - against VALUE: Avg minus Avg with this value
+    """
     systems = {value: ("baseline-lpa", f"baseline-lambda-{value:g}") for value in OTHER_LAMBDAS}
     gains, refused = _gains(tables, runs, systems, {"lambda_init"})
     parts, n = [], _tested_baseline(tables, runs)
@@ -335,7 +254,7 @@ def best_near(tables: Tables, runs: pd.DataFrame) -> Evidence:
     if len(complete):
         others = ", ".join(f"{value:g}" for value in OTHER_LAMBDAS)
         what = f"Avg with lambda_init 0.02 minus the mean of Avg with {others}"
-        parts.append(_part(PRIMARY["C6"], what, "points", complete.mean(axis=1), POINTS, n))
+        parts.append(_part("0.02 against the others", what, "points", complete.mean(axis=1), POINTS, n))
     for value, gain in gains.items():
         if len(gain):
             words = f"Avg with lambda_init 0.02 minus Avg with {value:g}"
@@ -343,7 +262,13 @@ def best_near(tables: Tables, runs: pd.DataFrame) -> Evidence:
     return Evidence(parts, refused)
 
 
+@registered("C7", decides="slope")
 def more_layers(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """The baseline with LPA in 0, 1, 2 ... layers, of seeds that have them all; Avg. Above 0: more layers are better.
+
+    - slope (decides): least-squares slope of Avg over the number of LPA layers, points a layer
+    - k to k + 1: Avg with k + 1 LPA layers minus Avg with k, points
+    """
     plain = of_system(runs, "baseline")
     if plain.empty:
         return Evidence()
@@ -356,7 +281,7 @@ def more_layers(tables: Tables, runs: pd.DataFrame) -> Evidence:
     above_none = np.column_stack([np.zeros(len(complete)), complete])  # Avg minus that without LPA: [seeds, 1 + layers]
     margin, n = POINTS / 3, _tested_baseline(tables, runs)
     what = f"least-squares slope of Avg over 0 to {layers} LPA layers"
-    parts = [_part(PRIMARY["C7"], what, "points a layer", slopes(above_none, 1), margin, n)]
+    parts = [_part("slope", what, "points a layer", slopes(above_none, 1), margin, n)]
     for k, step in enumerate(np.diff(above_none).T):
         words = f"Avg with {k + 1} LPA layers minus Avg with {k}"
         parts.append(_part(f"{k} to {k + 1}", words, "points", step, margin, n))
@@ -369,21 +294,13 @@ def _tested_baseline(tables: Tables, runs: pd.DataFrame) -> int:
     return tested(tables, names[0]) if names else 0
 
 
+@registered("C8", decides="local and useful")
 def shallow_serves(tables: Tables, runs: pd.DataFrame) -> Evidence:
+    """Layers of the baseline: the three parts of `over_layers`, of which "local and useful" decides; rho, -1 to 1.
+
+    Above 0: local layers transfer better; shallow layers are more local; shallow layers transfer better.
+    """
     plain = of_system(runs, "baseline")
     located = set(measured(tables, plain, "nonlocality"))
     names = [run for run in measured(tables, plain, "transfer") if run in located]
     return Evidence([replace(part, margin=RHO) for part in over_layers(tables, names)] if names else [])
-
-
-EVIDENCE: dict[str, Callable[[Tables, pd.DataFrame], Evidence]] = {
-    "C1": grows,
-    "C2": joint_is_less,
-    "C2*": joint_as_long_is_less,
-    "C3": lpa_stays_low,
-    "C4": lpa_pays,
-    "C5": eigenvalues_grow,
-    "C6": best_near,
-    "C7": more_layers,
-    "C8": shallow_serves,
-}

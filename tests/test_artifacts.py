@@ -1,18 +1,15 @@
 """The paper's figures and tables from a study's tables: what is in the drawing, never pixels."""
 
-import hashlib
-
 import made_up
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
 from cil import recipes
-from figures import accuracy_curves, attention_examples, eigenvalues, forgetting, gap, paper, sweeps
-from figures.__main__ import main
+from figures import accuracy_curves, attention_examples, eigenvalues, forgetting, gap, sweeps
 from figures.attention_examples import Example
-from figures.paper import ARTIFACTS, NotRun
+from figures.paper.artifacts import NotRun, build
+from figures.paper.claims.quantities import percents
 from locality_probe.tables import STUDY
 
 
@@ -23,15 +20,7 @@ def tables():
 
 @pytest.fixture(scope="module")
 def built(tables):
-    return paper.build(tables)
-
-
-@pytest.fixture(scope="module")
-def folder(tables, tmp_path_factory):
-    path = tmp_path_factory.mktemp("study")
-    for file, table in STUDY.items():
-        table.write(tables[file], path / file)
-    return path
+    return build(tables)
 
 
 def test_everything_is_drawn_from_a_whole_study(built):
@@ -104,12 +93,12 @@ def test_distances_against_steps_show_where_joint_training_as_long_stands(built)
 def test_the_baseline_is_above_lpa_in_whatever_order_they_were_measured(tables):
     rows = tables["nonlocality.parquet"]
     for order in (rows, rows[::-1]):
-        _, figure, _ = paper.build(tables | {"nonlocality.parquet": order}, ["fig6"])["fig6"]
+        _, figure, _ = build(tables | {"nonlocality.parquet": order}, ["fig6"])["fig6"]
         assert ["LPA" in part.get_suptitle() for part in figure.subfigs[:2]] == [False, True]
 
 
 def test_one_seed_has_its_interval_over_images():
-    frame, _, _ = paper.build(made_up.make(seeds=1), ["fig4"])["fig4"]
+    frame, _, _ = build(made_up.make(seeds=1), ["fig4"])["fig4"]
     assert set(frame["over"]) == {"images"} and set(frame["n"]) == {made_up.IMAGES}
     assert (frame["low"] <= frame["d_loc"]).all() and (frame["high"] >= frame["d_loc"]).all()
 
@@ -130,7 +119,7 @@ def test_gap_of_more_seeds_than_twins_is_over_images():
     for file in STUDY:
         if "run" in tables[file]:
             tables[file] = tables[file][~tables[file]["run"].str.endswith("-s1-joint")]
-    frame, _, _ = paper.build(tables, ["gap"])["gap"]
+    frame, _, _ = build(tables, ["gap"])["gap"]
     assert set(frame["over"]) == {"images, paired"} and len(frame) == 4 * made_up.TASKS * made_up.LAYERS
 
 
@@ -150,7 +139,7 @@ def test_ratios_of_eigenvalues_have_their_interval_over_seeds(tables):
     rows = tables["spectrum.parquet"].copy()
     for seed, factor in ((1, np.e), (2, 1 / np.e)):
         rows.loc[rows["run"] == f"demo-baseline-lpa-s{seed}", "eigenvalue"] *= factor
-    frame = paper.build(tables | {"spectrum.parquet": rows}, ["fig7"])["fig7"][0]
+    frame = build(tables | {"spectrum.parquet": rows}, ["fig7"])["fig7"][0]
     row = frame[(frame["title"] == "baseline + LPA") & (frame["rank"] == 1) & (frame["task"] == 3)].iloc[0]
     half = 4.302653 / 3**0.5  # of the logarithms 0, 1 and -1
     assert (row["ratio"], row["low"], row["high"]) == pytest.approx((2, 2 * np.exp(-half), 2 * np.exp(half)), rel=1e-5)
@@ -207,7 +196,7 @@ def test_transfer_is_averaged_over_seeds(built):
 
 def test_tables_have_ours_beside_the_published(built, tables):
     frame, page, _ = built["table1"]
-    percent = paper.percents(tables)
+    percent = percents(tables)
     ours = [percent[f"demo-baseline-lpa-s{s}"]["Avg"] for s in range(3)]
     row = frame[(frame["system"] == "baseline-lpa") & (frame["metric"] == "Avg")].iloc[0]
     assert (row["ours"], row["sd"], row["seeds"]) == (
@@ -227,13 +216,13 @@ def test_tables_have_ours_beside_the_published(built, tables):
 def test_published_numbers_are_beside_cifar():
     tables = made_up.make()
     tables["runs.csv"]["setting"], tables["runs.csv"]["scale"] = "b10-10", "small"
-    frame, page, _ = paper.build(tables, ["table1"])["table1"]
+    frame, page, _ = build(tables, ["table1"])["table1"]
     assert "63.11 / 74.74 / 12.52" in page and page.count("not run") == 12 and "scale small" in page
     assert frame["ours"].notna().sum() == 12
 
 
 def test_nothing_run_nothing_drawn():
-    built = paper.build({file: table.check(pd.DataFrame(columns=list(table.columns))) for file, table in STUDY.items()})
+    built = build({file: table.check(pd.DataFrame(columns=list(table.columns))) for file, table in STUDY.items()})
     assert [name for name, found in built.items() if not isinstance(found, NotRun)] == ["table1", "table2"]
 
 
@@ -251,34 +240,3 @@ def test_nothing_run_nothing_drawn():
 def test_empty_tables_are_refused(call):
     with pytest.raises(ValueError, match=r"no .* to draw"):
         call()
-
-
-def test_command_writes_each_figure_with_its_table_and_provenance_byte_by_byte_the_same(folder, tmp_path):
-    digests = []
-    for place in ("a", "b"):
-        result = CliRunner().invoke(main, [str(folder), "--out", str(tmp_path / place)], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / place).iterdir()}
-        digests.append(files)
-    assert digests[0] == digests[1]
-    kinds = {name: {"csv", "txt"} | ({"md"} if name.startswith("table") else {"png", "pdf"}) for name in ARTIFACTS}
-    expected = {f"{name}.{suffix}" for name, suffixes in kinds.items() for suffix in suffixes}
-    assert set(digests[0]) == expected | {"claims.csv", "claims.md", "report.html"}
-    line = (tmp_path / "a/fig4.txt").read_text()
-    assert (
-        "6 runs, seeds 0, 1, 2" in line and "trained at abc" in line and "nonlocality: 8 images of digits, test" in line
-    )
-    assert "transfer" not in line and "transfer: " in (tmp_path / "a/fig5.txt").read_text()
-
-
-def test_a_drawing_of_what_is_no_longer_there_goes(tables, tmp_path):
-    paper.write(paper.build(tables, ["fig8"]), tables, tmp_path, echo=lambda line: None)
-    assert (tmp_path / "fig8.png").is_file()
-    said = []
-    paper.write({"fig8": NotRun("no run")}, tables, tmp_path, said.append)
-    assert not list(tmp_path.iterdir()) and said == ["fig8: not run (no run)"]
-
-
-def test_no_study_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no runs.csv"):
-        paper.load(tmp_path)

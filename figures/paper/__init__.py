@@ -1,0 +1,1 @@
+"""The paper, from training to report: what is trained, measured, gathered, judged and written."""

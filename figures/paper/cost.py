@@ -1,0 +1,108 @@
+"""What a plan costs, in steps, images and hours, and which data it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cil import checkpoint, data
+from cil.data import Dataset, ImageSet
+from cil.device import processor
+from cil.dry_run import duration, estimate
+from cil.run import Run
+from cil.schedule import plan as phases_of
+from cil.schedule import total_steps
+from cil.train import in_class_order, load_dataset
+from figures.paper.plan import Work
+from figures.paper.study import Study
+from locality_probe import sweep
+from locality_probe.sweep import Job
+
+# Images of a class for training and testing, pixels: to plan without the data.
+NOMINAL = {"cifar100": (500, 100, 32), "imagenet100": (1300, 50, 224)}
+HOW_TO_GET = {
+    "cifar100": "CIFAR-100: name its folder with --data, or fetch it: locality-probe train small-b10-10-baseline "
+    "--data data --download",
+    "imagenet100": "ImageNet-100: the first 100 synsets of ILSVRC-2012 as train/<wnid>/ and val/<wnid>/, from "
+    "image-net.org; name their folder with --data",
+}
+
+
+def describe(work: Work, missing: list[tuple[str, Path]], to_train: list[Job], place: sweep.Place, device: str) -> str:
+    """The plan: for each figure and table its runs, and the steps, images and hours that are still to be spent on them.
+
+    missing, to_train: what `work` says of itself.
+    """
+    each = cost_of(to_train, work.study, place.threads, device)
+    costs = {job.path: cost for job, cost in zip(to_train, each, strict=True)}
+    width = len(work.scale) + 10
+    lines = [f"{work.scale}: {'':<8} {'runs':>5} {'missing':>8} {'steps':>12} {'images':>14} {'one by one':>14}"]
+    for name in work.names:
+        paths = {work.jobs[recipe, seed].path for recipe, seed, _ in work.of[name]}
+        to_spend = [costs[path] for path in paths if path in costs]
+        steps, images, seconds = (sum(part) for part in zip(*to_spend, strict=True)) if to_spend else (0, 0, 0.0)
+        lines.append(
+            f"{name:<{width}} {len(paths):>5} {len(to_spend):>8} {steps:>12,} {images:>14,} {duration(seconds):>14}"
+        )
+    total = sum(seconds for *_, seconds in costs.values())
+    at_once = max(1, min(place.workers, len(to_train)))
+    to_measure = len({path for _, path in missing}) - len(to_train)
+    lines.append(
+        f"{len(to_train)} runs to train (figures share them), {to_measure} trained ones to measure; "
+        f"training takes about {duration(total / at_once)} {place}"
+    )
+    return "\n".join(lines)
+
+
+def cost_of(jobs: list[Job], study: Study, threads: int, device: str) -> list[tuple[int, int, float]]:
+    """(steps, images, seconds) of each run: at the pace of runs that are in the study and were trained on such a processor,
+    or else of a few measured steps.
+
+    Without the data, counts are those of the published sets, and images are made up; decoding of files is not counted.
+    """
+    paces, costs, here = {}, [], processor(device)
+    rows, before = study.read("runs.csv"), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for job in jobs:
+            run = job.run
+            dataset = nominal(run)
+            directory = checkpoint.describe(job.path, run, dataset)
+            ordered = in_class_order(dataset, directory)
+            phases = phases_of(directory, ordered)
+            images = sum(phase.images_drawn for phase in phases)
+            kind = run.dataset, run.method, run.training
+            known = rows[(rows["method"] == run.method) & (rows["training"] == run.training) & (rows["device"] == here)]
+            if kind not in paces and len(known):
+                paces[kind] = known["seconds"].sum() / known["images"].sum()
+            elif kind not in paces:
+                paces[kind] = estimate(directory, ordered, phases, device) / images
+            costs.append((total_steps(phases), images, images * paces[kind]))
+    finally:
+        torch.set_num_threads(before)
+    return costs
+
+
+def nominal(run: Run) -> Dataset:
+    """A stand-in with the published numbers of images, all of them one; data sets that come with the product are real."""
+    if run.dataset not in NOMINAL:
+        return load_dataset(run)
+    train, test, size = NOMINAL[run.dataset]
+    one = torch.randint(256, (1, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+    def images(a_class: int) -> ImageSet:
+        return ImageSet(one.expand(100 * a_class, -1, -1, -1), torch.arange(100).repeat_interleave(a_class))
+
+    return Dataset(images(train), images(test), [str(c) for c in range(100)], data.CIFAR100_MEAN, data.CIFAR100_STD)
+
+
+def lacking(jobs: list[Job]) -> list[str]:
+    """For each data set that the jobs need and that is not there, what was looked for and how to get it."""
+    words = []
+    for run in {(job.run.dataset, job.run.image_size): job.run for job in jobs}.values():
+        try:
+            load_dataset(run)
+        except ValueError as error:
+            words.append(f"{error}\n{HOW_TO_GET.get(run.dataset, '')}".rstrip())
+    return words

@@ -7,7 +7,7 @@ import pytest
 from cil import recipes
 from cil.attention import ATTENTION, SelfAttention
 from cil.checkpoint import open_run
-from cil.data import DATASETS, digits
+from cil.data import DATASETS, Source, digits
 from cil.methods import METHODS
 from cil.train import train
 from locality_probe.plan import make_plan
@@ -27,7 +27,7 @@ def test_own_attention_method_data_set_and_recipe(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(
         METHODS, "frozen-blocks", dataclasses.replace(METHODS["baseline"], frozen=("blocks", "heads.{old}"))
     )
-    monkeypatch.setitem(DATASETS, "mine", lambda root, image_size: digits(root, image_size))
+    monkeypatch.setitem(DATASETS, "mine", Source(lambda root, image_size: digits(root, image_size)))
     monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
 
     @recipes.recipe

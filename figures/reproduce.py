@@ -19,13 +19,13 @@ from cil.data import Dataset, ImageSet
 from cil.device import processor
 from cil.dry_run import duration, estimate
 from cil.files import git_state
+from cil.progress import counter
 from cil.run import Run
 from cil.schedule import plan as phases_of
 from cil.schedule import total_steps
 from cil.train import in_class_order, load_dataset
 from figures import claims, paper, report
 from locality_probe import sweep
-from locality_probe.progress import counter
 from locality_probe.study import Measuring, Sizes, Study, measure_all
 from locality_probe.sweep import Job
 

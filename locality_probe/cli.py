@@ -116,8 +116,8 @@ def train(recipe, settings, out, data_dir, download, threads, dry_run, device) -
     from cil.device import slow_bf16
     from cil.dry_run import describe_plan
     from cil.evaluate import format_scores
+    from cil.progress import training
     from cil.train import train as train_run
-    from locality_probe.progress import training
 
     if threads:
         torch.set_num_threads(threads)
@@ -229,9 +229,9 @@ def measure(
     grid = None if grid is None else typed(parse_grid, grid)
     if tasks and all(Path(c).is_file() for c in ckpts):
         raise click.UsageError("--task goes with run directories")
+    from cil.progress import counter
     from locality_probe import survey
     from locality_probe.plan import make_plan
-    from locality_probe.progress import counter
 
     plan = make_plan(
         list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir,
@@ -272,8 +272,8 @@ def doctor(model, grid, prefix, weights, pretrained, as_json, families) -> None:
     import dataclasses
     import json
 
+    from cil.progress import counter
     from locality_probe import doctor as doctors
-    from locality_probe.progress import counter
 
     if families:
         with counter(doctors.FAMILIES, "families") as report:
@@ -310,11 +310,11 @@ def compare(first, second, more, images, n, seed, tasks, data_dir, out, as_json,
     Both may be any two runs or weights files of networks whose layers and grids pair. Writes comparison.csv and
     comparison.png.
     """
+    from cil.progress import counter
     from figures import comparison, style
     from locality_probe import compare as comparing
     from locality_probe import survey
     from locality_probe.plan import make_plan
-    from locality_probe.progress import counter
     from locality_probe.tables import COMPARISON
 
     pairs = [(first, second), *more]
@@ -362,11 +362,11 @@ def spectrum(runs, n, seed, tasks, data_dir, out, device) -> None:
     Features are the mean patch token after each block and the token that the newest head is fed. Writes spectrum.parquet,
     spectrum_summary.csv (effective rank, participation ratio, RankMe, slope, ...), spectrum_measurement.json, spectrum.png.
     """
+    from cil.progress import counter
     from figures import spectra as figure
     from figures import style
     from locality_probe import spectra
     from locality_probe.plan import runs_of
-    from locality_probe.progress import counter
 
     directories = runs_of(list(runs), list(tasks), warn=lambda s: click.echo(s, err=True))
     out, device = out or directories[0].path, resolve_device(device)
@@ -397,11 +397,11 @@ def transfer(runs, per_class, test_per_class, seed, tasks, data_dir, out, device
     Joint twins are measured beside their runs. Controls: the network as initialised, shuffled labels. Writes transfer.csv,
     cka.csv (to the twin and to task 0), transfer_locality.csv (rank correlation with D_loc over layers), transfer.png.
     """
+    from cil.progress import counter
     from figures import style
     from figures import transfer as figure
     from locality_probe import transfer as transfers
     from locality_probe.plan import runs_of
-    from locality_probe.progress import counter
 
     directories = runs_of(list(runs), list(tasks), warn=lambda s: click.echo(s, err=True))
     out, device = out or directories[0].path, resolve_device(device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cil.data.images import centre_crop, open_image, random_crop, to_tensor
+from cil.device import cores
 
 PIECE = 16  # images that a worker decodes in one go: all workers share the first batch, and stopping is quick
 
@@ -143,6 +144,5 @@ def _held(what: signal.Signals) -> Iterator[None]:
 
 
 def _cores() -> int:
-    """Cores that this process may use; torchrun's processes on one machine share them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """How many cores decode; torchrun's processes on one machine share those that there are."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

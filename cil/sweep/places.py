@@ -24,7 +24,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 class Place:
     """Where jobs run. slurm: parameters for sbatch, or None for processes of this machine, which end with the sweep."""
 
-    folder: Path  # of submitit's files and logs, a folder a run
+    folder: Path  # of submitit's files and logs, one folder per run
     device: str
     gpus: list[str | None]
     workers: int
@@ -38,8 +38,10 @@ class Place:
 
 
 def choose_workers(jobs: int, cores: int, gpus: int, workers: int | None, threads: int | None) -> tuple[int, int]:
-    """(runs at once, threads of each). By default a run a GPU with its share of the cores; without one, a run a core with one
-    thread, which for networks of this size is fastest, and a run's numbers do not depend on how many there are.
+    """Returns (runs at once, threads of each).
+
+    By default each GPU has one run, with its share of the cores. Without a GPU each core has one run with one thread: that
+    is fastest for networks of this size, and the numbers of a run then do not depend on how many cores there are.
 
     Raises ValueError for less than one of either.
     """

@@ -174,7 +174,7 @@ def status(jobs: list[Job], out: Path) -> pd.DataFrame:
 
 
 class Display:
-    """Tells rows when they change: to a file, and to standard error, in place or on no terminal a line a change."""
+    """Shows the rows when they change: in a file, and on standard error as a table in one place, or as lines on no terminal."""
 
     def __init__(self, path: Path):
         self.path, self.rows, self.lines, self.said = path, {}, [], time.monotonic()
@@ -190,7 +190,7 @@ class Display:
         self.rows = dict(rows)
 
     def say(self, rows: dict[str, Row], summary: str) -> None:
-        """A line a change of state or tasks, and the summary now and then."""
+        """Print one line for each change of state or tasks, and the summary now and then."""
         for name, row in rows.items():
             before = self.rows.get(name, {"state": "waiting", "tasks": 0})
             if (row["state"], row["tasks"]) != (before["state"], before["tasks"]):
@@ -201,7 +201,7 @@ class Display:
             print(summary, file=sys.stderr, flush=True)
 
     def redraw(self, rows: dict[str, Row], summary: str) -> None:
-        """The table in the place of the last one; where it is too high, without what does not move."""
+        """Print the table in place of the last one; where it is too high, without the runs that wait or have finished."""
         columns, height = shutil.get_terminal_size()
         shown = as_table(rows)
         if len(shown) + 3 > height:

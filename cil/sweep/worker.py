@@ -18,7 +18,10 @@ from cil.train import train
 
 
 def train_job(run: Run, path: Path, device: str, threads: int, gpu: str | None, parent: int | None) -> None:
-    """What a process of the sweep does: train; save and leave on SIGTERM, or when the process `parent` is gone unsaid."""
+    """Train `run` in a process of the sweep; on SIGTERM, or when the process `parent` was killed, save and end.
+
+    gpu: what CUDA_VISIBLE_DEVICES becomes, or None to train on `device`. Raises ValueError as `train` and `resolve` do.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # submitit ignores it
     faulthandler.enable()
     if gpu is not None:

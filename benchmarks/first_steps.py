@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from cil import checkpoint, recipes
-from cil.train import Progress, train
+from cil.session import Progress
+from cil.train import train
 from figures.paper.plan import jobs_of, needs
 
 

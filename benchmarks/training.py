@@ -22,8 +22,9 @@ import torch
 
 from cil import checkpoint, losses, recipes
 from cil.data import CIFAR100_MEAN, CIFAR100_STD, Dataset, ImageSet
+from cil.fit import Learner, freeze, frozen_parts
 from cil.schedule import plan
-from cil.train import Learner, freeze, frozen_parts, in_class_order
+from cil.train import in_class_order
 
 TASK = 5
 

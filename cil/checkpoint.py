@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import safetensors
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -40,6 +38,8 @@ from cil.tables import ACCURACY, AFTER, MEMORY, TRAINING, Table
 # Which numbers training gives: runs of two trainers are never compared, and one does not go on with the other's.
 # 1: AdamW step by step, stochastic depth drawn on the device. 2: fused AdamW, all draws on the CPU (cil.draws).
 TRAINER = 2
+LOCK = ".lock"  # the file in a run directory that a trainer holds locked
+LOCK_WAIT = 0.2  # seconds for which a trainer tries; whoever only asks whether it is locked holds it for much less
 TABLES: dict[str, Table] = {"accuracy": ACCURACY, "training": TRAINING}
 
 
@@ -80,6 +80,19 @@ class RunDir:
         """Finished tasks."""
         return [t for t in self.planned_tasks if self.weights_path(t).is_file()]
 
+    @property
+    def finished(self) -> bool:
+        """Whether all planned tasks are there, with their accuracy."""
+        return self.tasks == self.planned_tasks and (self.path / "accuracy.csv").is_file()
+
+    def require(self, tasks: Iterable[int] = ()) -> None:
+        """Raises ValueError, always in the same words, unless there is a finished task and all of `tasks` are finished."""
+        if not self.tasks:
+            raise ValueError(f"{self.path} has no finished task yet; locality-probe train goes on with it")
+        missing = sorted(set(tasks) - set(self.tasks))
+        if missing:
+            raise ValueError(f"no task {missing[0]} in {self.path}; there: {', '.join(map(str, self.tasks))}")
+
     def weights_path(self, task: int, at_step: int = AFTER) -> Path:
         """Of the network after `task`, or inside it after `at_step` steps."""
         inside = "" if at_step == AFTER else f"_step_{at_step:06d}"
@@ -109,9 +122,8 @@ class RunDir:
         Raises ValueError for a task or checkpoint that is not there, truncated or foreign weights, and weights that are not
         finite.
         """
-        if at_step == AFTER and task not in self.tasks:
-            there = ", ".join(map(str, self.tasks)) or "none yet"
-            raise ValueError(f"no task {task} in {self.path}; there: {there}")
+        if at_step == AFTER:
+            self.require([task])
         if at_step != AFTER and at_step not in self.checkpoints(task):
             there = ", ".join(map(str, self.checkpoints(task))) or "none"
             raise ValueError(f"no checkpoint at step {at_step} of task {task} in {self.path}; there: {there}")
@@ -161,7 +173,12 @@ class RunDir:
     def save_task(self, task: int, model: Incremental) -> None:
         """Write the weights that count for `task`; from then on the task is finished."""
         self._save_weights(self.weights_path(task), model)
-        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        shutil.rmtree(self.resume_folder, ignore_errors=True)
+
+    @property
+    def resume_folder(self) -> Path:
+        """Of the states inside the task that is under way (cil.resume); there only while there is one."""
+        return self.path / "resume"
 
     def save_checkpoint(self, task: int, at_step: int, model: Incremental) -> None:
         """Write the weights inside `task`, without the divergence head, which is for training alone."""
@@ -173,57 +190,38 @@ class RunDir:
         }
         atomically(path, lambda part: part.write_bytes(save(state)))
 
-    def save_resume(self, step: int, state: dict[str, object]) -> None:
-        """Keep `state` after so many steps of the run, with its SHA-256, and the one before it.
-
-        Raises OSError that says that the last state is as it was, when the disk is full, say.
-        """
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getvalue()
-        folder = self.path / "resume"
-        folder.mkdir(exist_ok=True)
-        try:
-            digest = hashlib.sha256(content).digest()
-            atomically(folder / f"{step:09d}.state", lambda part: part.write_bytes(content + digest))
-        except OSError as error:
-            why = f"{error.strerror or error}; the state before it and finished tasks {self.tasks} are as they were"
-            raise OSError(error.errno, why, str(folder)) from None
-        states = self.resume_states()
-        here = next(n for n, path in enumerate(states) if int(path.stem) == step)
-        for other in states[:here] + states[here + 2 :]:  # those of later steps were torn, or this would not be now
-            other.unlink()
-
-    def load_resume(self, task: int) -> dict[str, object] | None:
-        """The newest whole state inside `task`, or None. One that is torn counts as not there."""
-        for path in self.resume_states():
-            content = path.read_bytes()
-            content, digest = content[:-32], content[-32:]
-            if hashlib.sha256(content).digest() != digest:
-                continue
-            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-            if state["task"] == task:
-                return state
-        return None
-
-    def resume_states(self) -> list[Path]:
-        """Newest first."""
-        return sorted((self.path / "resume").glob("*.state"), reverse=True)
-
-    def last_good(self) -> str:
-        """What training goes on from, in words."""
-        states = self.resume_states()
-        return str(states[0]) if states else f"finished tasks {self.tasks} of {self.path}"
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory against a second trainer. Raises ValueError when there is one."""
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is training in {self.path}") from None
+        """Hold the directory against a second trainer. Raises ValueError when there is one.
+
+        The lock is the operating system's: it ends with the process that holds it, however that ends.
+        """
+        held = FileLock(self.path / LOCK, timeout=LOCK_WAIT)
+        try:
+            held.acquire(poll_interval=LOCK_WAIT / 10)
+        except Timeout:
+            raise ValueError(f"another process is training in {self.path}") from None
+        try:
             yield
+        finally:
+            held.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process trains in the run directory `path`, without disturbing it.
+
+    Who asks holds the lock for an instant: a trainer that starts then waits for that, and so does another who asks. A
+    directory that this process may not write to counts as not locked.
+    """
+    if not (path / LOCK).is_file():
+        return False
+    try:
+        with FileLock(path / LOCK, timeout=LOCK_WAIT / 4).acquire(poll_interval=LOCK_WAIT / 40):
+            return False
+    except Timeout:
+        return True
+    except PermissionError:
+        return False
 
 
 def describe(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") -> RunDir:
@@ -256,7 +254,7 @@ def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") ->
         if differ:
             what = ", ".join(f"{n}={mine} there, {asked} asked" for n, (mine, asked) in sorted(differ.items()))
             raise ValueError(f"{path} holds another run ({what}); choose another --out")
-        if there.trainer != TRAINER and there.tasks != there.planned_tasks:
+        if there.trainer != TRAINER and not there.finished:
             raise ValueError(
                 f"{path} was begun by an earlier version (trainer {there.trainer}), whose numbers differ from this one's "
                 f"(trainer {TRAINER}): finish it with that version ({there.git or 'unknown commit'}), or choose another --out"

@@ -1,11 +1,31 @@
-"""The processor that computes: its name, its precision, and what is slow on it."""
+"""The device that computes: which one, its name, its cores, its precision, and what is slow on it."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import torch
+
+
+def resolve(name: str) -> str:
+    """The device that a name stands for: `auto` is CUDA where there is one, else the CPU; any other name is that device.
+
+    Raises ValueError for a device that is not here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor(device: str) -> str:

@@ -13,10 +13,11 @@ from cil import checkpoint, text
 from cil.augment import normalize
 from cil.checkpoint import RunDir
 from cil.data import Dataset
+from cil.fit import Learner, freeze, frozen_parts
 from cil.memory import budget_per_class
 from cil.run import Run
 from cil.schedule import Phase, learning_rate, memory_size, plan, total_steps
-from cil.train import Learner, freeze, frozen_parts, in_class_order, load_dataset
+from cil.train import in_class_order, load_dataset
 
 MEASURED_STEPS = 5  # after one to warm up, if they take no longer than
 ENOUGH = 4.0  # seconds

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 
 from cil.tables import ACCURACY, AFTER, Table
+from cil.tables import SWEEP as SWEEP  # the trainer's, with its other tables
 
 INITIAL = -1  # the task of the rows that describe a network as initialised, before task 0
 
@@ -243,25 +244,6 @@ LAYERS = Table(
         "num_prefix_tokens": ("int64", "class, register and distillation tokens before the patches"),
         "status": ("str", "ok | skipped"),
         "reason": ("str", "why it was skipped; empty if ok"),
-    },
-)
-
-SWEEP = Table(
-    "sweep",
-    keys={"run": ("str", "name of the run directory")},
-    values={
-        "recipe": ("str", "recipe that it was made from, with -joint, -joint-terminal or -joint-as-long"),
-        "seed": ("int64", "its seed"),
-        "state": ("str", "waiting | running | running elsewhere (another process trains it) | finished | failed"),
-        "tasks": ("int64", "finished tasks"),
-        "of": ("int64", "planned tasks; 0: not known"),
-        "steps": ("int64", "optimiser steps in training.csv"),
-        "of_steps": ("int64", "optimiser steps of the whole run; 0: not known"),
-        "last": ("float64", "accuracy over all classes after the last task, percent"),
-        "avg": ("float64", "mean over tasks of the accuracy over all classes seen, percent"),
-        "fgt": ("float64", "forgetting, percent; not defined for joint training"),
-        "seconds": ("float64", "wall-clock time of the epochs in training.csv"),
-        "reason": ("str", "why it failed; empty if it did not"),
     },
 )
 

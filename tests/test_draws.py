@@ -7,10 +7,11 @@ import torch
 
 from cil import checkpoint, draws
 from cil.draws import of_epoch, of_step
+from cil.fit import Learner, freeze, frozen_parts
 from cil.models import DropPath, create_model, drop_path_calls
 from cil.run import Run
 from cil.schedule import main_phase
-from cil.train import Learner, freeze, frozen_parts, in_class_order, load_dataset, train
+from cil.train import in_class_order, load_dataset, train
 
 RUN = Run(rand_augment="rand-m9-mstd0.5-inc1", mixup=0.8)
 

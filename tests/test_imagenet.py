@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torchvision import transforms
 
 from cil import data, recipes
+from cil.data import decoded
 from cil.run import randomness
 from cil.scenario import class_order
 from cil.train import train
@@ -172,7 +173,7 @@ def test_a_killed_worker_is_an_error(found, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return opened(path)
 
-    monkeypatch.setattr(data, "open_image", open_image)
+    monkeypatch.setattr(decoded, "open_image", open_image)
     with pytest.raises(ChildProcessError, match=r"decoding images failed \(.*(killed|exited)"):
         list(replace(found.train, workers=2).batches([torch.arange(42)]))
     assert not multiprocessing.active_children()
@@ -248,7 +249,7 @@ def test_training_goes_on_and_is_measured(root, toy, tmp_path, monkeypatch):
         epochs=1, epochs_first=1, finetune_epochs=1,
     )  # fmt: skip
     whole = train(run, tmp_path / "whole")
-    monkeypatch.setattr("cil.train.SAVE_EVERY", 0)
+    monkeypatch.setattr("cil.fit.SAVE_EVERY", 0)
     steps = []
 
     def stop(progress):

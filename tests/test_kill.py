@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cil import checkpoint, evaluate, memory, tables
-from cil import train as module
+from cil import evaluate, fit, memory, resume
 from cil.checkpoint import RunDir, open_run
-from cil.train import Learner, train
+from cil.fit import Learner
+from cil.train import train
 
 FORK = multiprocessing.get_context("fork")  # torch is loaded already, and on one thread it may be forked
 
@@ -87,17 +88,17 @@ POINTS = {
     "herding": lambda r: before(memory, "herd", nth(r.randrange(4))),
     "evaluation": lambda r: before(evaluate, "predict", nth(r.randrange(2))),
     "half a state": lambda r: before(Path, "write_bytes", nth(r.randrange(6), is_state), write_half),
-    "a whole state without its name": lambda r: before(checkpoint.os, "replace", nth(r.randrange(6), is_state)),
-    "memory": lambda r: before(tables.os, "replace", nth(1, lambda a, b: "memory" in str(b))),
+    "a whole state without its name": lambda r: before(os, "replace", nth(r.randrange(6), is_state)),
+    "memory": lambda r: before(os, "replace", nth(1, lambda a, b: "memory" in str(b))),
     "between accuracy and weights": lambda r: before(RunDir, "save_task", nth(r.randrange(2))),
-    "weights": lambda r: before(checkpoint.os, "replace", nth(r.randrange(2), lambda a, b: "task_" in str(b))),
-    "between weights and the removal of states": lambda r: before(checkpoint.shutil, "rmtree", nth(r.randrange(2))),
+    "weights": lambda r: before(os, "replace", nth(r.randrange(2), lambda a, b: "task_" in str(b))),
+    "between weights and the removal of states": lambda r: before(shutil, "rmtree", nth(r.randrange(2))),
 }
 
 
 def victim(run, out, arrange, number):
     arrange(random.Random(number))
-    module.SAVE_EVERY = 0.0
+    fit.SAVE_EVERY = 0.0
     train(run, out)
 
 
@@ -136,7 +137,7 @@ def test_stopped_run_saves_where_it_is_and_leaves(number, step, toy_runs, toy, t
     process.start()
     process.join(30)
     assert process.exitcode == 4 and time.monotonic() - began < 15
-    state = open_run(out).resume_states()[0]
+    state = resume.states(open_run(out))[0]
     seen = []
     train(toy, out, report=seen.append)
     assert (
@@ -146,7 +147,7 @@ def test_stopped_run_saves_where_it_is_and_leaves(number, step, toy_runs, toy, t
 
 
 def without_disk(run, out, told):
-    module.SAVE_EVERY = 0.0
+    fit.SAVE_EVERY = 0.0
 
     def fill(*_):  # no file may grow any further: the kernel refuses the write as it would on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))

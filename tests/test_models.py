@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cil import checkpoint, dry_run
+from cil.fit import frozen_parts, is_part
 from cil.models import DropPath, create_model
 from cil.run import Run
 from cil.schedule import finetune_phase, main_phase, plan
-from cil.train import frozen_parts, in_class_order, is_part, load_dataset, train
+from cil.train import in_class_order, load_dataset, train
 from locality_probe.plan import make_plan
 from locality_probe.survey import survey
 

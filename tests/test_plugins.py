@@ -8,7 +8,7 @@ import timm
 from cil import recipes
 from cil.attention import ATTENTION, SelfAttention
 from cil.checkpoint import open_run
-from cil.data import DATASETS, cover, digits
+from cil.data import DATASETS, Source, cover, digits
 from cil.methods import METHODS
 from cil.train import train
 from locality_probe import LIBRARIES, Probe, Subject, distances, doctor, from_run, load_images
@@ -31,7 +31,7 @@ def test_own_attention_method_data_set_and_recipe(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(
         METHODS, "frozen-blocks", dataclasses.replace(METHODS["baseline"], frozen=("blocks", "heads.{old}"))
     )
-    monkeypatch.setitem(DATASETS, "mine", lambda root, image_size: digits(root, image_size))
+    monkeypatch.setitem(DATASETS, "mine", Source(lambda root, image_size: digits(root, image_size)))
     monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
 
     @recipes.recipe

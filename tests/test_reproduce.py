@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from cil import recipes
+from cil.sweep import choose_place
 from figures.paper import cost, scales
 from figures.paper import reproduce as making
 from figures.paper.artifacts import ARTIFACTS
@@ -17,7 +18,6 @@ from figures.paper.reproduce import reproduce
 from figures.paper.scales import Scale
 from figures.paper.study import Sizes, Study
 from locality_probe.cli import main
-from locality_probe.sweep import choose_place
 from locality_probe.tables import CLAIMS
 
 TINY = Scale(

@@ -8,9 +8,10 @@ import torch
 
 from cil.checkpoint import open_run
 from cil.evaluate import predict
+from cil.fit import freeze
 from cil.run import Run
 from cil.schedule import Phase, epoch_batches, exemplars, learning_rate, with_memory
-from cil.train import freeze, herding_features, in_class_order, load_dataset, train
+from cil.train import herding_features, in_class_order, load_dataset, train
 
 
 def phase(n=100, epochs=10, cosine=10, batch_size=8):

@@ -16,9 +16,11 @@ import pandas as pd
 import pytest
 import torch
 
-from cil.checkpoint import open_run
+from cil import sweep
+from cil.checkpoint import is_locked, open_run
+from cil.sweep import places, watch, worker
+from cil.tables import SWEEP
 from cil.train import train
-from locality_probe import sweep
 
 TINY = [
     "num_classes=4", "images_per_class=6", "dim=8", "num_heads=2", "depth=2",
@@ -30,7 +32,7 @@ TINY = [
 def here(tmp_path, monkeypatch):
     """An empty folder to be in, quick looks, and the signal handlers and threads back as they were."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "POLL", 0.05)
+    monkeypatch.setattr(watch, "POLL", 0.05)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
@@ -69,7 +71,7 @@ def trained(monkeypatch):
         submitted.append((job.name, gpu))
         return Trained(job)
 
-    monkeypatch.setattr(sweep, "submit", submit)
+    monkeypatch.setattr(watch, "submit", submit)
     return submitted
 
 
@@ -135,9 +137,9 @@ def test_gpus_go_round(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,MIG-a")
     assert [sweep.visible_gpus(d) for d in ("cpu", "cuda", "cuda:1")] == [[None], ["3", "MIG-a"], ["MIG-a"]]
     jobs, submitted = sweep.planned(make_jobs("demo-baseline", seeds=[0, 1, 2])), []
-    monkeypatch.setattr(sweep, "submit", lambda place, job, gpu: submitted.append((job.run.seed, gpu)) or True)
+    monkeypatch.setattr(watch, "submit", lambda place, job, gpu: submitted.append((job.run.seed, gpu)) or True)
     monkeypatch.setattr(
-        sweep, "look", lambda job, submitted: sweep.state_of(job) | ({"state": "finished"} if submitted else {})
+        watch, "look", lambda job, submitted: sweep.state_of(job) | ({"state": "finished"} if submitted else {})
     )
     sweep.sweep(jobs, make_place(jobs, workers=3, gpus=["3", "MIG-a"]), Path("runs"))
     assert submitted == [(0, "3"), (1, "MIG-a"), (2, "3")]
@@ -156,7 +158,7 @@ def test_what_is_finished_or_another_run_is_left_alone(trained, capsys):
     assert table["tasks"].tolist() == [2, 0, 2] and table["of"].tolist() == [2, 2, 2]
     expected = sum(open_run("runs/demo-baseline-s2").table("training")["seconds"])
     assert table["seconds"][2] == pytest.approx(expected) and table["steps"][2] == table["of_steps"][2] > 0
-    pd.testing.assert_frame_equal(table, sweep.SWEEP.read("runs/sweep.csv"))
+    pd.testing.assert_frame_equal(table, SWEEP.read("runs/sweep.csv"))
     said = capsys.readouterr().err
     assert "demo-baseline-s0: finished, 2 of 2 tasks\n" in said and "demo-baseline-s1: failed" in said
     last = sweep.format_table(table).splitlines()[-1]
@@ -167,7 +169,7 @@ def test_another_sweep_into_the_same_folder_adds_to_the_table(trained):
     for name in ("demo-baseline", "demo-dytox", "demo-baseline"):
         jobs = sweep.planned(make_jobs(name))
         assert len(sweep.sweep(jobs, make_place(jobs), Path("runs"))) == 1
-    assert sorted(sweep.SWEEP.read("runs/sweep.csv")["run"]) == ["demo-baseline", "demo-dytox"]
+    assert sorted(SWEEP.read("runs/sweep.csv")["run"]) == ["demo-baseline", "demo-dytox"]
     assert len(trained) == 2
 
 
@@ -214,7 +216,7 @@ def test_status_remembers_what_only_the_sweep_knew():
     assert sweep.status(jobs, Path("runs"))["state"].tolist() == ["waiting"] * 3 and not Path("runs").exists()
     train(jobs[1].run, jobs[1].path)
     rows = {job.name: sweep.state_of(job) | {"state": "failed", "reason": "why"} for job in jobs[:2]}
-    sweep.SWEEP.write(sweep.as_table(rows), "runs/sweep.csv")
+    SWEEP.write(sweep.as_table(rows), "runs/sweep.csv")
     table = sweep.status(jobs, Path("runs"))
     assert table["state"].tolist() == ["failed", "finished", "waiting"] and table["reason"].tolist() == ["why", "", ""]
 
@@ -270,12 +272,12 @@ def test_a_job_starts_with_its_threads_and_deaf_to_the_terminal(monkeypatch):
             assert timeout_min > 60 * 24 * 365
 
         def submit(self, function, *arguments):
-            seen["threads"] = [os.environ[name] for name in sweep.THREAD_VARIABLES]
+            seen["threads"] = [os.environ[name] for name in places.THREAD_VARIABLES]
             seen["deaf"] = {signal.SIGINT, signal.SIGHUP} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
             seen["call"] = (function, *arguments)
             return SimpleNamespace(job_id="5")
 
-    monkeypatch.setattr(sweep.submitit, "LocalExecutor", Executor)
+    monkeypatch.setattr(places.submitit, "LocalExecutor", Executor)
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     (job,) = make_jobs("demo-baseline")
     (Path("runs/.sweep") / job.name).mkdir(parents=True)
@@ -289,9 +291,9 @@ def test_a_job_starts_with_its_threads_and_deaf_to_the_terminal(monkeypatch):
 def test_a_job_sets_threads_and_gpu(monkeypatch, gpu, device):
     seen = []
     monkeypatch.setattr(
-        sweep, "train", lambda run, path, device, report: seen.extend([device, torch.get_num_threads()])
+        worker, "train", lambda run, path, device, report: seen.extend([device, torch.get_num_threads()])
     )
-    monkeypatch.setattr(sweep.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (job,) = make_jobs("demo-baseline")
     sweep.train_job(job.run, job.path, "cpu", 3, gpu, None)
@@ -361,7 +363,7 @@ def test_a_run_that_fails_does_not_stop_the_other(capsys):
     log = table["reason"][1].rpartition("(log: ")[2].removesuffix(")")
     assert log.startswith("runs/.sweep/demo-baseline-joint/") and "ValueError: the loss is nan" in Path(log).read_text()
     assert not math.isnan(table["last"][0]) and math.isnan(table["last"][1])
-    pd.testing.assert_frame_equal(table, sweep.SWEEP.read("runs/sweep.csv"))
+    pd.testing.assert_frame_equal(table, SWEEP.read("runs/sweep.csv"))
     assert sweep.status(jobs, Path("runs"))["reason"].tolist() == table["reason"].tolist()
     assert "demo-baseline-joint: failed" in capsys.readouterr().err
 
@@ -386,15 +388,15 @@ def test_killed_or_interrupted_it_takes_its_jobs_along_and_goes_on():
         process = multiprocessing.get_context("fork").Process(target=run_sweep, args=(jobs,))
         process.start()
         until = time.monotonic() + 120
-        while not sweep.is_locked(job.path) and time.monotonic() < until:
+        while not is_locked(job.path) and time.monotonic() < until:
             time.sleep(0.05)
         time.sleep(0.3)
         end(process)
         process.join(60)
         assert process.exitcode == code, how
-        while sweep.is_locked(job.path) and time.monotonic() < until:
+        while is_locked(job.path) and time.monotonic() < until:
             time.sleep(0.05)
         assert sweep.state_of(job)["state"] == "waiting", how
         steps.append(max(int(path.stem) for path in (job.path / "resume").iterdir()))
     assert 0 < steps[1] < steps[2]  # what there was was saved each time, and the second went on from the first
-    assert sweep.SWEEP.read("runs/sweep.csv")["state"].tolist() == ["waiting"]
+    assert SWEEP.read("runs/sweep.csv")["state"].tolist() == ["waiting"]

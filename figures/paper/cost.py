@@ -6,18 +6,17 @@ from pathlib import Path
 
 import torch
 
-from cil import checkpoint, data
+from cil import checkpoint, data, sweep
 from cil.data import Dataset, ImageSet
 from cil.device import processor
 from cil.dry_run import duration, estimate
 from cil.run import Run
 from cil.schedule import plan as phases_of
 from cil.schedule import total_steps
+from cil.sweep import Job
 from cil.train import in_class_order, load_dataset
 from figures.paper.plan import Work
 from figures.paper.study import Study
-from locality_probe import sweep
-from locality_probe.sweep import Job
 
 # Images of a class for training and testing, pixels: to plan without the data.
 NOMINAL = {"cifar100": (500, 100, 32), "imagenet100": (1300, 50, 224)}

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import Empty
 
-import torch
-from tqdm import tqdm
-
-from cil import checkpoint, data, recipes
+from cil import checkpoint, data, sweep
 from cil.evaluate import format_scores
-from cil.train import Progress, train
 from figures import attention_maps, nonlocality_over_tasks, style
 from locality_probe import survey
 from locality_probe.heatmap import heat_maps, parse_checkpoint
@@ -68,56 +60,9 @@ def run_demo(out: Path, echo: Callable[[str], None], device: str = "cpu", thread
 
 
 def train_all(names: list[str], out: Path, device: str = "cpu", threads: int = 1) -> None:
-    """Train recipes into out/NAME, WORKERS at a time, showing their progress on one line."""
-    context = multiprocessing.get_context("spawn")
-    events, waiting, running = context.Queue(), list(names), {}
-    shares, failures = dict.fromkeys(names, 0.0), {}
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    look = "{percentage:3.0f} %|{bar}| {elapsed}, left {remaining}{postfix}"
-    with tqdm(total=100, bar_format=look, mininterval=interval, maxinterval=interval) as bar:
-        while waiting or running or not events.empty():
-            while waiting and len(running) < WORKERS:
-                name = waiting.pop(0)
-                running[name] = context.Process(
-                    target=_worker, args=(name, out / name, events, device, threads), daemon=True
-                )
-                running[name].start()
-            try:
-                name, share, state = events.get(timeout=0.2)
-                shares[name] = share
-                if state.startswith("failed: "):
-                    failures[name] = state.removeprefix("failed: ")
-                bar.set_postfix_str(f"{name}: {state}", refresh=False)
-                bar.update(100 * sum(shares.values()) / len(names) - bar.n)
-            except Empty:
-                pass
-            for name in [n for n, process in running.items() if not process.is_alive()]:
-                process = running.pop(name)
-                if process.exitcode and name not in failures:
-                    failures[name] = f"its process ended with code {process.exitcode}"
-                shares[name] = 1.0
-    if failures:
-        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
-
-
-def _worker(name: str, out: Path, events, device: str = "cpu", threads: int = 1) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is theirs
-    torch.set_num_threads(threads)
-    parent, last = multiprocessing.parent_process(), 0.0
-
-    def report(p: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.5:
-            last = time.monotonic()
-            if not parent.is_alive():  # killed: whoever starts the demo again takes over this run
-                raise SystemExit(1)
-            events.put(
-                (name, p.done / p.total, f"task {p.task + 1}/{p.tasks} loss {p.loss:.2f} accuracy {p.accuracy:.2f}")
-            )
-
-    try:
-        train(recipes.find(name), out, device, report)
-    except KeyboardInterrupt:  # the parent is about to end, and has said why
-        raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
-        events.put((name, 1.0, f"failed: {error}"))
+    """Train recipes into out/NAME, WORKERS at a time, showing how each stands. Raises ValueError that names what failed."""
+    jobs = sweep.planned(sweep.expand(names, None, [], out))
+    table = sweep.sweep(jobs, sweep.choose_place("local", len(jobs), out, device, WORKERS, threads, []), out)
+    failed = [f"{row.run}: {row.reason}" for row in table.itertuples() if row.state == "failed"]
+    if failed:
+        raise ValueError("; ".join(failed))

@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cil import checkpoint, recipes
+from cil import checkpoint, recipes, sweep
 from cil.files import git_state
+from cil.sweep import Job
 from figures.paper.artifacts import ARTIFACTS, planned_order
 from figures.paper.scales import BOTH, SCALES, RunKey, Runs
 from figures.paper.study import Study
-from locality_probe import sweep
-from locality_probe.sweep import Job
 
 Need = tuple[str, int, str]  # recipe, seed, kind of measurement
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from cil import sweep
+from cil.progress import counter
+from cil.sweep import Job
 from figures.paper import page, report
 from figures.paper.artifacts import ARTIFACTS, build
 from figures.paper.claims import judge
@@ -15,9 +18,6 @@ from figures.paper.cost import describe, lacking
 from figures.paper.plan import Work, check, is_finished, plan_work
 from figures.paper.scales import SCALES
 from figures.paper.study import Measuring, load, measure_all
-from locality_probe import sweep
-from locality_probe.progress import counter
-from locality_probe.sweep import Job
 
 
 def reproduce(

@@ -36,10 +36,10 @@ def compare_command(first, second, more, images, n, seed, tasks, data_dir, out, 
     options.check_places(paths)
     if out:
         options.check_folder(out)
+    from cil.progress import counter
     from figures import comparison, style
     from locality_probe import compare
     from locality_probe.plan import make_plan
-    from locality_probe.progress import counter
     from locality_probe.tables import COMPARISON
 
     device = options.compute_on(device, threads)

@@ -35,9 +35,9 @@ def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, 
     import dataclasses
     import json
 
+    from cil.progress import counter
     from locality_probe import doctor
     from locality_probe import families as matrix
-    from locality_probe.progress import counter
 
     device = options.compute_on(device, threads)
     if families:

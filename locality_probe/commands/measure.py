@@ -44,9 +44,9 @@ def measure_command(
     options.check_places(ckpts)
     if out:
         options.check_folder(out)
+    from cil.progress import counter
     from locality_probe import survey
     from locality_probe.plan import make_plan
-    from locality_probe.progress import counter
 
     device = options.compute_on(device, threads)
     plan = make_plan(

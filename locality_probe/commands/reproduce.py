@@ -28,8 +28,8 @@ def reproduce_command(scale, only, out, data_dir, executor, workers, threads, sl
     Prints its plan and the estimated time first. Interrupted, it goes on; repeated, it does nothing. Writes
     OUT/report.html, OUT/figures (PNG, PDF, CSV; claims.csv), OUT/tables (what was measured) and OUT/runs (weights).
     """
+    from cil import sweep
     from figures.paper import plan, reproduce
-    from locality_probe import sweep
 
     out, data_dir = out or Path("runs") / f"reproduce-{scale}", data_dir or "data"
     options.check_folder(out)

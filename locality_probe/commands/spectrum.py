@@ -27,10 +27,10 @@ def spectrum_command(runs, n, seed, tasks, data_dir, out, threads, device) -> No
     if out:
         options.check_folder(out)
     import figures.spectra
+    from cil.progress import counter
     from figures import style
     from locality_probe import spectra
     from locality_probe.plan import runs_of
-    from locality_probe.progress import counter
 
     directories = runs_of(list(runs), list(tasks), warn)
     out, device = out or directories[0].path, options.compute_on(device, threads)

@@ -29,7 +29,7 @@ def sweep_command(
     Runs lie in OUT/RECIPE, with --seeds in OUT/NAME-sSEED, their joint twins in OUT/NAME-sSEED-joint. Those that are
     finished are not repeated, those that were interrupted go on. One that fails does not stop the others: exit code 1.
     """
-    from locality_probe import sweep
+    from cil import sweep
 
     seeds = None if seeds is None else typed(sweep.parse_seeds, seeds)
     jobs = typed(sweep.expand, list(recipes), seeds, options.with_data(settings, data_dir), out)

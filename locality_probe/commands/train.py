@@ -38,8 +38,8 @@ def train_command(recipe, settings, out, data_dir, download, dry_run, threads, d
     from cil.device import slow_bf16
     from cil.dry_run import describe_plan
     from cil.evaluate import format_scores
+    from cil.progress import training
     from cil.train import train
-    from locality_probe.progress import training
 
     out, device = out or Path("runs") / recipe, options.compute_on(device, threads)
     if not dry_run:

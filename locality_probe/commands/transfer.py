@@ -28,10 +28,10 @@ def transfer_command(runs, per_class, test_per_class, seed, tasks, data_dir, out
     if out:
         options.check_folder(out)
     import figures.transfer
+    from cil.progress import counter
     from figures import style
     from locality_probe import transfer
     from locality_probe.plan import runs_of
-    from locality_probe.progress import counter
 
     directories = runs_of(list(runs), list(tasks), warn)
     out, device = out or directories[0].path, options.compute_on(device, threads)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from cil.train import Progress
+from cil.session import Progress
 
 
 @contextlib.contextmanager

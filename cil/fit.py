@@ -1,0 +1,286 @@
+"""fit: one phase of training, step by step, from the last saved state if there is one; Learner: what a step is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from cil import augment, draws, losses, parallel, resume
+from cil.checkpoint import RunDir
+from cil.data import Dataset
+from cil.draws import Draws
+from cil.methods import METHODS
+from cil.models import Incremental, drop_path_calls
+from cil.run import Run, randomness
+from cil.schedule import Phase, epoch_batches, learning_rate, plan, steps_before, total_steps
+from cil.session import Progress, Session
+from cil.tables import TRAINING
+
+SAVE_EVERY = 20.0  # seconds between two states, what a kill costs; more where saving would take 2 % of the time
+
+
+def fit(
+    directory: RunDir, dataset: Dataset, model: Incremental, phase: Phase, teacher: nn.Module | None, session: Session
+) -> Incremental:
+    """Train `model` in place for the epochs of one phase, and return it in eval mode.
+
+    A phase that was interrupted goes on from its saved state; one that is already over is left as it is. Raises ValueError
+    for a loss that is not finite, OSError when a state cannot be written, KeyboardInterrupt after a signal.
+    """
+    run, labels = directory.run, dataset.train.labels
+    state = resume.load(directory, phase.task)
+    if state and phase.name == "fit" and state["phase"] == "finetune":
+        return model  # the result of this phase is in the state that fine-tuning goes on from
+    freeze(model, frozen_parts(directory, phase), run.frozen_eval)
+    learner = Learner(directory, dataset, model, teacher, phase.task, session.device)
+    at = Position()
+    if state and state["phase"] == phase.name:
+        model.load_state_dict(state["model"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        at = Position.of(state)
+    phases = plan(directory, dataset)
+    before, total = steps_before(phases, phase), total_steps(phases)
+    keeper = Keeper(directory, phase, learner, before)
+    if at == Position():
+        keeper.keep_checkpoint(0)
+    session.in_epoch = True
+    while at.epoch < phase.epochs:
+        epoch, began = at.epoch, time.perf_counter() - at.seconds
+        learner.set_learning_rate(learning_rate(run, phase, epoch))
+        for batch, x in rest_of_epoch(run, dataset, phase, at):  # image indices [B]; this process's pixels [b, 3, H, W]
+            loss, hits = learner.step(x, labels[batch], (phase.task, phase.name, epoch, at.step))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} in task {phase.task}, {phase.name} epoch {epoch}, step {at.step}, at learning rate "
+                    f"{learner.learning_rate:.3g}; the last good state: {resume.last_good(directory)}"
+                )
+            at.advance(loss, hits)
+            taken = at.steps_taken(phase)
+            keeper.keep_checkpoint(taken)
+            where = phase.task, len(directory.scenario), phase.name, epoch, phase.epochs
+            session.report(Progress(*where, loss, hits, before + taken, total, len(batch)))
+            at.seconds = time.perf_counter() - began
+            if at.step == phase.steps:
+                keeper.add_epoch(at, phase.steps * len(batch), learner.learning_rate)
+                at = Position(epoch + 1)
+            stop = parallel.anywhere(session.asked > 0)
+            if stop or at.epoch == phase.epochs or keeper.is_due:
+                keeper.save(at)
+            if stop:
+                raise KeyboardInterrupt
+    session.in_epoch = False
+    model.requires_grad_(True)
+    return model.eval()
+
+
+@dataclass
+class Position:
+    """Where in a phase training stands: before the step `step` of the epoch `epoch`, both from 0.
+
+    What a saved state holds of it are its fields, under their names.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    # Of the steps that this epoch has behind it: the sums of their losses and accuracies [2], and their time.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64), compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @classmethod
+    def of(cls, state: dict[str, object]) -> Position:
+        """The position that a saved state was written at."""
+        return cls(state["epoch"], state["step"], state["sums"], state["seconds"])
+
+    def advance(self, loss: float, accuracy: float) -> None:
+        """One step later."""
+        self.step += 1
+        self.sums += torch.tensor([loss, accuracy], dtype=torch.float64)
+
+    def steps_taken(self, phase: Phase) -> int:
+        """Steps of the phase up to here."""
+        return self.epoch * phase.steps + self.step
+
+
+def rest_of_epoch(run: Run, dataset: Dataset, phase: Phase, at: Position) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the epoch from `at` on: indices of the whole batch [B], and uint8 [b, 3, H, W] of this process's rows."""
+    batches, seeds = (whole[at.step :] for whole in epoch_batches(run, phase, at.epoch))
+    rows = [parallel.rows(len(batch)) for batch in batches]
+    images = dataset.train.batches(
+        [batch[r] for batch, r in zip(batches, rows, strict=True)],
+        [seed[r] for seed, r in zip(seeds, rows, strict=True)],
+    )
+    return zip(batches, images, strict=True)
+
+
+class Keeper:
+    """What a phase leaves in the run directory while it is trained: states, rows of training.csv, weights between tasks.
+
+    before: steps of the run before the phase. Process 0 alone writes.
+    """
+
+    def __init__(self, directory: RunDir, phase: Phase, learner: Learner, before: int):
+        self.directory, self.phase, self.learner, self.before = directory, phase, learner, before
+        # Steps that this network has behind it: a joint network starts with its phase.
+        self.network_before = before if directory.run.training == "incremental" else 0
+        self.wanted = set(directory.run.checkpoint_steps)
+        self.rows: list[tuple] = []  # of training.csv, of epochs that ended after the last state
+        self.last_saved, self.pause = time.monotonic(), SAVE_EVERY
+
+    def keep_checkpoint(self, taken: int) -> None:
+        """Keep the weights after so many steps of the phase, where the run asks for them (setting `checkpoints`)."""
+        steps = self.network_before + taken
+        if (taken or not self.network_before) and steps in self.wanted and parallel.rank() == 0:
+            self.directory.save_checkpoint(self.phase.task, steps, self.learner.model)
+
+    def add_epoch(self, at: Position, images: int, lr: float) -> None:
+        """The row of an epoch whose last step was taken; it is written with the next state."""
+        means = (at.sums / self.phase.steps).tolist()
+        epoch = self.phase.task, self.phase.name, at.epoch
+        self.rows.append((*epoch, self.phase.steps, images, *means, lr, at.seconds))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for the next state."""
+        return time.monotonic() - self.last_saved > self.pause
+
+    def save(self, at: Position) -> None:
+        """Write the state at this position, and the rows of the epochs before it. Raises OSError as resume.save does."""
+        if parallel.rank() != 0:
+            return
+        began = time.monotonic()
+        append_training(self.directory, self.rows)
+        state = {"model": self.learner.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
+        state |= {"task": self.phase.task, "phase": self.phase.name, **vars(at)}
+        resume.save(self.directory, self.before + at.steps_taken(self.phase), state)
+        self.rows, self.last_saved = [], time.monotonic()
+        self.pause = max(SAVE_EVERY, 50 * (self.last_saved - began))
+
+
+class Learner:
+    """One optimiser step after another on one task, `step` being all that happens to a batch."""
+
+    def __init__(
+        self, directory: RunDir, dataset: Dataset, model: Incremental, teacher: nn.Module | None, task: int, device: str
+    ):
+        run, scenario = directory.run, directory.scenario
+        self.run, self.dataset, self.model, self.teacher, self.device = run, dataset, model, teacher, device
+        self.num_classes = len(scenario[: task + 1].labels)
+        self.num_old = scenario[task].labels.start if run.training == "incremental" else 0
+        self.divergence = METHODS[run.method].divergence
+        self.drop_paths = drop_path_calls(model, directory.image_size)
+        groups = param_groups_weight_decay(model, run.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, x: Tensor, y: Tensor, place: tuple) -> tuple[float, float]:
+        """x: this process's images, uint8 [b, 3, H, W]; y: labels of the whole batch [B]; place: names the random draws.
+
+        Returns the loss and the accuracy of the whole batch.
+        """
+        run = self.run
+        distilled = y < self.num_old if run.kd_rows == "old" else None  # None: all
+        taught = self.teacher is not None and run.kd and (distilled is None or bool(distilled.any()))
+        with parallel.batch(len(y)), randomness(run.seed, *place) as generator:
+            calls = [(path.p, shape) for path, shape in self.drop_paths]
+            drawn = draws.of_step(run, len(y), calls, generator).to(self.device)
+            x, own = x.to(self.device), parallel.own(y).to(self.device)
+            x, targets = augmented(run, x, own, self.num_classes, self.dataset, drawn)
+            for (path, _), kept in zip(self.drop_paths, drawn.drop_path, strict=True):
+                path.kept.append(kept)
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
+                mine = parallel.own(distilled) if distilled is not None else None
+                old_logits = teach(self.teacher, x, mine, self.num_old) if taught else None
+                features = self.model.forward_features(x)
+                logits = self.model.forward_head(features)
+                div_logits = self.model.div_head(features[:, -1]) if self.model.div_head is not None else None
+            # From here on, the whole batch: the loss does not depend on how many processes shared it.
+            logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
+            old_logits = parallel.gather(old_logits.float()) if taught else None
+            distilled = distilled.to(self.device) if distilled is not None else None
+            bce, kd = losses.auto_kd(logits, targets, old_logits, distilled, run.kd_tau)
+            loss = bce + kd
+            if div_logits is not None:
+                div_logits = parallel.gather(div_logits.float())
+                loss = loss + self.divergence * losses.divergence(div_logits, targets, self.num_old)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        parallel.sum_gradients(self.model)
+        self.optimizer.step()
+        hits = (logits.argmax(1) == targets.argmax(1)).float().mean()
+        return tuple(torch.stack([loss.detach(), hits]).tolist())
+
+
+def augmented(
+    run: Run, x: Tensor, y: Tensor, num_classes: int, dataset: Dataset, drawn: Draws
+) -> tuple[Tensor, Tensor]:
+    """uint8 [b, 3, H, W], labels [b] -> what the network sees [b, 3, H, W], soft targets [b, C]."""
+    if drawn.crop is not None:
+        x = augment.crop(x, drawn.crop, run.crop_padding)
+    if drawn.flip is not None:
+        x = augment.flip(x, drawn.flip)
+    if drawn.operations:
+        x = augment.rand_augment(x, drawn.operations)
+    x = augment.normalize(x, dataset.mean, dataset.std)
+    return augment.mixup(x, y, num_classes, drawn.lam, run.smoothing)
+
+
+@torch.no_grad()
+def teach(teacher: nn.Module, x: Tensor, rows: Tensor | None, num_old: int) -> Tensor:
+    """The teacher's logits [B, num_old]. It sees only `rows` [B], None for all; the others are zero."""
+    if rows is None:
+        return teacher(x)
+    logits = x.new_zeros(len(x), num_old)
+    rows = rows.to(x.device)
+    if rows.any():
+        logits[rows] = teacher(x[rows]).float()
+    return logits
+
+
+def frozen_parts(directory: RunDir, phase: Phase) -> Callable[[str], bool]:
+    """Whether a parameter name is frozen in this phase (cil.methods)."""
+    method = METHODS[directory.run.method]
+    if phase.name == "finetune":
+        return lambda name: not is_part(name, method.finetuned)
+    if directory.run.training != "incremental":
+        return lambda name: False
+    old = [part.format(old=t) for part in method.frozen for t in range(phase.task)]
+    return lambda name: is_part(name, old)
+
+
+def is_part(name: str, parts: list[str] | tuple[str, ...]) -> bool:
+    """Whether a parameter is one of `parts` or lies in one: heads.1.fc in heads.1, heads.10.fc not."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def freeze(model: nn.Module, frozen: Callable[[str], bool], frozen_eval: bool = True) -> None:
+    """Gradients off where `frozen(name)`; modules whose parameters are all frozen go to eval mode, the others train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+    model.train()
+    for module in model.modules() if frozen_eval else ():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def append_training(directory: RunDir, rows: list[tuple]) -> None:
+    """Add epochs to training.csv; an epoch that is run again after an interruption replaces its row."""
+    new = pd.DataFrame(rows, columns=list(TRAINING.columns))
+    old = directory.table("training")
+    if len(new) or old is None:
+        both = new if old is None else pd.concat([old, new])
+        TRAINING.write(both.drop_duplicates(list(TRAINING.keys), keep="last"), directory.path / "training.csv")

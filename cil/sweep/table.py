@@ -1,0 +1,34 @@
+"""The table of a sweep, rows of cil.tables.SWEEP: read, checked, and as text for people."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from cil.tables import SWEEP
+
+Row = dict[str, object]  # of SWEEP
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The rows of a sweep.csv by run; none where there is no file."""
+    return {row["run"]: row for row in SWEEP.read(path).to_dict("records")} if path.is_file() else {}
+
+
+def as_table(rows: dict[str, Row]) -> pd.DataFrame:
+    return SWEEP.check(pd.DataFrame(list(rows.values())))
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """The rows for people, and below them why those that failed did."""
+    lines = [("run", "state", "tasks", "steps", "Last", "Avg", "Fgt", "seconds")]
+    for row in table.itertuples():
+        share = f"{row.steps / row.of_steps:.0%}" if row.of_steps else ""
+        values = ["" if math.isnan(value) else f"{value:.2f}" for value in (row.last, row.avg, row.fgt)]
+        lines.append((row.run, row.state, f"{row.tasks}/{row.of or '?'}", share, *values, f"{row.seconds:.0f}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = [str.ljust, str.ljust, *[str.rjust] * 6]
+    text = ["  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)) for line in lines]
+    return "\n".join(text + [f"{row.run}: {row.reason}" for row in table.itertuples() if row.reason])

@@ -103,3 +103,23 @@ def picture(here):
     pixels = np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("picture.png")
     return Path("picture.png")
+
+
+def tree():
+    """Every file below the working directory with its content, hidden ones too, and every folder."""
+    return {p: p.read_bytes() if p.is_file() else None for p in Path().rglob("*")}
+
+
+def refused(*arguments, names=(), code=1):
+    """The command fails with one sentence in which each of `names` stands, and leaves everything as it was."""
+    before = tree()
+    result = invoke(*arguments)
+    assert result.exit_code == code, (result.output, result.exc_info)
+    assert isinstance(result.exception, SystemExit) and result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage: ", "Try '"))]
+    said = [line for line in said if "is untrained: without --weights" not in line]
+    assert len(said) == 1 and said[0].startswith("Error: "), result.stderr
+    for name in [names] if isinstance(names, str) else names:
+        assert str(name) in said[0], (name, said[0])
+    assert "Traceback" not in result.stderr and tree() == before
+    return said[0]

@@ -111,7 +111,7 @@ def test_threads(runs, picture, monkeypatch, line):
 
 def test_the_demo_passes_device_and_threads_on(monkeypatch):
     given = []
-    monkeypatch.setattr("figures.demo.run_demo", lambda out, echo, *rest: given.append((out, *rest)))
+    monkeypatch.setattr("figures.paper.demo.run_demo", lambda out, echo, *rest: given.append((out, *rest)))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     run_ok("demo")
     run_ok("demo", "--out", "mine", "--device", "cpu", "--threads", 3)

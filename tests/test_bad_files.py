@@ -15,6 +15,7 @@ from conftest import TINY, beyond_recipe, golden, refused, settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cil import resume
 from cil.checkpoint import open_run
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -126,19 +127,19 @@ def test_run_json(runs, picture, toy, change, names):
 def test_resume_state_that_is_torn_counts_as_none(runs):
     directory = open_run("runs/toy")
     for step in (5, 6, 7):
-        directory.save_resume(step, {"task": 1, "step": step, "model": {"weight": torch.zeros(100)}})
-    path, previous = directory.resume_states()  # the last two are kept
+        resume.save(directory, step, {"task": 1, "step": step, "model": {"weight": torch.zeros(100)}})
+    path, previous = resume.states(directory)  # the last two are kept
     assert (path.stem, previous.stem) == ("000000007", "000000006")
     whole = path.read_bytes()
-    assert directory.load_resume(1)["step"] == 7 and directory.load_resume(0) is None
+    assert resume.load(directory, 1)["step"] == 7 and resume.load(directory, 0) is None
     flipped = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
     for torn in (b"", b"\0", b"junk", whole[:100], whole[:-1], flipped):
         path.write_bytes(torn)
-        assert directory.load_resume(1)["step"] == 6
+        assert resume.load(directory, 1)["step"] == 6
     previous.write_bytes(b"junk")
-    assert directory.load_resume(1) is None
-    directory.save_resume(5, {"task": 1, "step": 5})  # anew from before the torn ones, which must not push it out
-    assert directory.load_resume(1)["step"] == 5 and [p.stem for p in directory.resume_states()] == ["000000005"]
+    assert resume.load(directory, 1) is None
+    resume.save(directory, 5, {"task": 1, "step": 5})  # anew from before the torn ones, which must not push it out
+    assert resume.load(directory, 1)["step"] == 5 and [p.stem for p in resume.states(directory)] == ["000000005"]
 
 
 # foreign weights

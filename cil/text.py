@@ -24,11 +24,18 @@ def columns() -> int:
 
 
 def prose(text: str, width: int | None = None) -> str:
-    """`text` in lines of at most `width` columns (default: `columns()`); words are never cut, for some are paths."""
-    lines = text.splitlines()
-    return "\n".join(
-        textwrap.fill(line, width or columns(), break_long_words=False, break_on_hyphens=False) for line in lines
-    )
+    """`text` in lines of at most `width` columns (default: `columns()`); words are never cut, for some are paths.
+
+    Lines that fit stay as they are, also those of a table.
+    """
+    width = width or columns()
+
+    def wrapped(line: str) -> str:
+        return line if cell_len(line) <= width else textwrap.fill(
+            line, width, break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
+
+    return "\n".join(map(wrapped, text.split("\n")))
 
 
 def table(

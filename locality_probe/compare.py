@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cil import checkpoint
+from cil import checkpoint, text
 from locality_probe.intervals import bootstrap, check_same_images, layer_means, over_seeds, simultaneous
 from locality_probe.plan import Plan
 from locality_probe.subject import is_task_of_run
@@ -160,17 +160,16 @@ def format_table(frame: pd.DataFrame) -> str:
     first, (name, other) = frame.iloc[0], compared(frame)
     layers = sorted(frame["layer"].unique())
     at_once = f"all {len(frame)} rows" if first["over"].startswith("images") else "all layers of a task"
-    texts = [f"{r.difference:+.3f} [{r.low_all:+.3f}, {r.high_all:+.3f}]" for r in frame.itertuples()]
-    width = max(map(len, texts)) + 2
-    lines = [
-        f"{name} minus {other}: D_loc in patches, mean over heads; 95 % intervals over {first['n']} "
-        f"{first['over']}, for {at_once} at once",
-        f"{'task':>8}" + "".join(f"{f'layer {layer}':>{width}}" for layer in layers),
-    ]
+    title = (
+        f"{name} minus {other}: D_loc in patches, mean over heads; 95 % intervals over {first['n']} {first['over']}, "
+        f"for {at_once} at once"
+    )
+    body = []
     for task, rows in frame.groupby("task", sort=False):
         rows = rows.set_index("layer")
         cells = [f"{r.difference:+.3f} [{r.low_all:+.3f}, {r.high_all:+.3f}]" for r in (rows.loc[x] for x in layers)]
-        lines.append(f"{'all' if task == ALL_TASKS else task:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
+        body.append(["all" if task == ALL_TASKS else f"{task}", *cells])
+    lines = []
     tasks = frame[frame["task"] != ALL_TASKS]
     for layer, rows in tasks.groupby("layer"):
         counts = rows["verdict"].value_counts()
@@ -182,4 +181,5 @@ def format_table(frame: pd.DataFrame) -> str:
         lines.append(f"layer {layer}: {name} {', '.join(parts)} of {len(rows)} task{'s' * (len(rows) > 1)}")
     if first["over"].startswith("images"):
         lines.append("These intervals are over images alone: another seed may move more than they say.")
-    return "\n".join(lines)
+    shown = text.table(["task", *(f"layer {layer}" for layer in layers)], body, left=0)
+    return text.block(title, shown, *map(text.prose, lines))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cil import checkpoint
+from cil import checkpoint, text
 from locality_probe.probe import NO_PATCHES
 from locality_probe.record import Layer, watching
 from locality_probe.subject import Subject, from_file, from_model_option, from_run
@@ -56,16 +56,15 @@ def examine_subject(
 
 def format_layers(layers: list[Layer]) -> str:
     """One line per layer, then how many of them can be measured."""
-    rows = [("layer", "name", "kind", "how", "heads", "grid", "prefix", "status")]
+    rows = []
     for x in layers:
         seen = x.status == "ok" or x.reason == NO_PATCHES
         grid = "x".join(map(str, x.grid)) + (" window" if x.extent == "window" else "") if seen else ""
         status = x.status if x.status == "ok" else f"skipped: {x.reason}"
-        rows.append((str(x.index), x.name, x.kind, x.how, str(x.num_heads) if seen else "", grid,
-                     str(x.num_prefix_tokens) if seen else "", status))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
-    return "\n".join([*lines, summary(layers)])
+        rows.append([str(x.index), x.name, x.kind, x.how, str(x.num_heads) if seen else "", grid,
+                     str(x.num_prefix_tokens) if seen else "", status])  # fmt: skip
+    header = ["layer", "name", "kind", "how", "heads", "grid", "prefix", "status"]
+    return "\n".join([text.table(header, rows, left=len(header), fixed=2), text.prose(summary(layers))])
 
 
 def summary(layers: list[Layer]) -> str:

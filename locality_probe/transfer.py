@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from cil import text
 from cil.checkpoint import RunDir
 from cil.files import write_provenance
 from locality_probe import survey
@@ -262,29 +263,29 @@ def _rows(subject, layer: str, group: str, control: str, found: dict) -> list[di
 
 def format_tables(found: Transfer) -> str:
     """Accuracy on future classes by a linear probe, task x layer, with its controls; and the rank correlations."""
-    lines = []
+    blocks = []
     rows = found.transfer[(found.transfer["group"] == "future") & (found.transfer["probe"] == "linear")]
     for run, of_run in rows.groupby("run", sort=False):
         layers = list(dict.fromkeys(of_run["layer"]))
-        lines.append(
+        cells = of_run.set_index(["task", "control", "layer"])["accuracy"] * 100
+        chances = of_run.groupby("task")["chance"].first().items()
+        body = [[f"{task}", *(_cell(cells, task, layer, chance) for layer in layers)] for task, chance in chances]
+        title = (
             f"{run}: accuracy of a linear probe on future classes, percent (chance; as initialised; shuffled labels)"
         )
-        lines.append(f"{'task':>8}" + "".join(f"{layer:>25}" for layer in layers))
-        cells = of_run.set_index(["task", "control", "layer"])["accuracy"] * 100
-        for task, chance in of_run.groupby("task")["chance"].first().items():
-            texts = []
-            for layer in layers:
-                own, initial, shuffled = (cells.get((task, control, layer)) for control in CONTROLS)
-                controls = [100 * chance, initial, shuffled]
-                words = "; ".join(f"{value:.1f}" for value in controls if value is not None)
-                texts.append("" if own is None else f"{own:.1f} ({words})")  # no layer "tokens" after a first task
-            lines.append(f"{task:>8}" + "".join(f"{text:>25}" for text in texts))
-        lines.append("")
-    for row in found.locality[found.locality["task"] == ALL_TASKS].itertuples():
-        lines.append(
-            f"{row.run}, {row.probe}: over {row.layers} layers, D_loc and accuracy on future classes correlate by "
-            f"{row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}] (Spearman; mean and 95 % interval over {row.n} tasks)"
-        )
+        blocks.append(text.block(title, text.table(["task", *layers], body, left=0)))
+    lines = [
+        f"{row.run}, {row.probe}: over {row.layers} layers, D_loc and accuracy on future classes correlate by "
+        f"{row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}] (Spearman; mean and 95 % interval over {row.n} tasks)"
+        for row in found.locality[found.locality["task"] == ALL_TASKS].itertuples()
+    ]
     if rows.empty:
         lines.append("no run here has classes yet to learn: only the last task was measured")
-    return "\n".join(lines)
+    return "\n\n".join([*blocks, "\n".join(map(text.prose, lines))])
+
+
+def _cell(cells: pd.Series, task: int, layer: str, chance: float) -> str:
+    """Accuracy and its controls, percent; empty for the layer "tokens", which is not there after a first task."""
+    accuracy, initial, shuffled = (cells.get((task, control, layer)) for control in CONTROLS)
+    controls = "; ".join(f"{value:.1f}" for value in (100 * chance, initial, shuffled) if value is not None)
+    return "" if accuracy is None else f"{accuracy:.1f} ({controls})"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cil import text
 from cil.tables import SWEEP
 
 Row = dict[str, object]  # of SWEEP
@@ -21,14 +22,13 @@ def as_table(rows: dict[str, Row]) -> pd.DataFrame:
     return SWEEP.check(pd.DataFrame(list(rows.values())))
 
 
-def format_table(table: pd.DataFrame) -> str:
-    """The rows for people, and below them why those that failed did."""
-    lines = [("run", "state", "tasks", "steps", "Last", "Avg", "Fgt", "seconds")]
+def format_table(table: pd.DataFrame, width: int | None = None) -> str:
+    """The rows for people, at most `width` columns wide (cil.text), and below them why those that failed did."""
+    rows = []
     for row in table.itertuples():
         share = f"{row.steps / row.of_steps:.0%}" if row.of_steps else ""
         values = ["" if math.isnan(value) else f"{value:.2f}" for value in (row.last, row.avg, row.fgt)]
-        lines.append((row.run, row.state, f"{row.tasks}/{row.of or '?'}", share, *values, f"{row.seconds:.0f}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = [str.ljust, str.ljust, *[str.rjust] * 6]
-    text = ["  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)) for line in lines]
-    return "\n".join(text + [f"{row.run}: {row.reason}" for row in table.itertuples() if row.reason])
+        rows.append([row.run, row.state, f"{row.tasks}/{row.of or '?'}", share, *values, f"{row.seconds:.0f}"])
+    header = ["run", "state", "tasks", "steps", "Last", "Avg", "Fgt", "seconds"]
+    reasons = [text.prose(f"{row.run}: {row.reason}", width) for row in table.itertuples() if row.reason]
+    return "\n".join([text.table(header, rows, left=2, width=width), *reasons])

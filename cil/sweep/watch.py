@@ -23,6 +23,7 @@ from cil.sweep.places import Place, adopted, submit
 from cil.sweep.table import Row, as_table, format_table, read_rows
 from cil.tables import SWEEP
 
+WIDE = 1000  # columns of the table in place, whose lines are cut at the terminal's width
 POLL = 1.0  # seconds between two looks at the runs
 SAY_EVERY = 30.0  # seconds between two lines about the time left, on no terminal
 LEAVE = 30.0  # seconds that interrupted runs have to save their state while the sweep waits for them
@@ -206,7 +207,7 @@ class Display:
         shown = as_table(rows)
         if len(shown) + 3 > height:
             shown = shown[~shown["state"].isin(["waiting", "finished"])]
-        lines = [line[: columns - 1] for line in (summary, *format_table(shown).splitlines())][: height - 1]
+        lines = [line[: columns - 1] for line in (summary, *format_table(shown, WIDE).splitlines())][: height - 1]
         if lines != self.lines:
             self.clear()
             print("\n".join(lines), file=sys.stderr, flush=True)

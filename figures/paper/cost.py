@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cil import checkpoint, data, sweep
+from cil import checkpoint, data, sweep, text
 from cil.data import Dataset, ImageSet
 from cil.device import processor
 from cil.dry_run import duration, estimate
@@ -35,23 +35,22 @@ def describe(work: Work, missing: list[tuple[str, Path]], to_train: list[Job], p
     """
     each = cost_of(to_train, work.study, place.threads, device)
     costs = {job.path: cost for job, cost in zip(to_train, each, strict=True)}
-    width = len(work.scale) + 10
-    lines = [f"{work.scale}: {'':<8} {'runs':>5} {'missing':>8} {'steps':>12} {'images':>14} {'one by one':>14}"]
+    rows = []
     for name in work.names:
         paths = {work.jobs[recipe, seed].path for recipe, seed, _ in work.of[name]}
         to_spend = [costs[path] for path in paths if path in costs]
         steps, images, seconds = (sum(part) for part in zip(*to_spend, strict=True)) if to_spend else (0, 0, 0.0)
-        lines.append(
-            f"{name:<{width}} {len(paths):>5} {len(to_spend):>8} {steps:>12,} {images:>14,} {duration(seconds):>14}"
-        )
+        rows.append([name, f"{len(paths)}", f"{len(to_spend)}", f"{steps:,}", f"{images:,}", duration(seconds)])
     total = sum(seconds for *_, seconds in costs.values())
     at_once = max(1, min(place.workers, len(to_train)))
     to_measure = len({path for _, path in missing}) - len(to_train)
-    lines.append(
-        f"{len(to_train)} runs to train (figures share them), {to_measure} trained ones to measure; "
-        f"training takes about {duration(total / at_once)} {place}"
+    words = f"{len(to_train)} runs to train (figures share them), {to_measure} trained ones to measure"
+    header = [work.scale, "runs", "missing", "steps", "images", "one by one"]
+    return text.block(
+        f"The plan of {work.scale}:",
+        text.table(header, rows),
+        text.prose(f"{words}; training takes about {duration(total / at_once)} {place}"),
     )
-    return "\n".join(lines)
 
 
 def cost_of(jobs: list[Job], study: Study, threads: int, device: str) -> list[tuple[int, int, float]]:

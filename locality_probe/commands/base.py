@@ -52,6 +52,13 @@ def resumable() -> Iterator[None]:
         raise click.ClickException("interrupted; the same command goes on where it was") from None
 
 
+def say(words: str) -> None:
+    """Print for people: no wider than the terminal, or than 80 columns on a pipe."""
+    from cil.text import prose
+
+    click.echo(prose(words))
+
+
 def warn(sentence: str) -> None:
     """Say it on standard error."""
     click.echo(sentence, err=True)

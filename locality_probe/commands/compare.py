@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, warn
+from locality_probe.commands.base import command, say, warn
 from locality_probe.typed import Typed
 
 
@@ -58,5 +58,5 @@ def compare_command(first, second, more, images, n, seed, tasks, data_dir, out, 
     if as_json:
         click.echo(frame.to_json(orient="records", double_precision=15))
         return
-    click.echo(compare.format_table(frame))
-    click.echo(f"wrote {', '.join(map(str, written))}")
+    say(compare.format_table(frame))
+    say(f"wrote {', '.join(map(str, written))}")

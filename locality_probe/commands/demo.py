@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from locality_probe.commands import options
-from locality_probe.commands.base import command, resumable
+from locality_probe.commands.base import command, resumable, say
 
 
 @command("demo")
@@ -24,4 +22,4 @@ def demo_command(out, threads, device) -> None:
 
     device = options.compute_on(device, threads)
     with resumable():
-        run_demo(out, click.echo, device, threads or 1)
+        run_demo(out, say, device, threads or 1)

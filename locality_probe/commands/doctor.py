@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command
+from locality_probe.commands.base import command, say
 from locality_probe.typed import Typed, check_model
 
 
@@ -49,6 +49,6 @@ def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, 
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1))
     else:
-        click.echo(f"{subject.run}\n{doctor.format_layers(layers)}")
+        say(f"{subject.run}\n{doctor.format_layers(layers)}")
     if all(layer.status != "ok" for layer in layers):
         raise SystemExit(1)

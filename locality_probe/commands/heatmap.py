@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, warn
+from locality_probe.commands.base import command, say, warn
 from locality_probe.typed import Typed, parse_heads, parse_layers, parse_query, split_checkpoint, typed
 
 
@@ -77,5 +77,5 @@ def heatmap_command(
     style.save(attention_maps.draw(**found.drawing(), scale=scale), out)
     raw = found.save(out.with_suffix(".npz"), scale)
     for sentence in found.left_out:
-        click.echo(sentence)
-    click.echo(f"wrote {out} and {raw}")
+        say(sentence)
+    say(f"wrote {out} and {raw}")

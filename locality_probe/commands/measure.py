@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, warn
+from locality_probe.commands.base import command, say, warn
 from locality_probe.typed import Typed
 
 
@@ -61,7 +61,7 @@ def measure_command(
     if as_json:
         click.echo(result.nonlocality.to_json(orient="records", double_precision=15))
         return
-    click.echo(survey.format_table(result.nonlocality, result.intervals))
+    say(survey.format_table(result.nonlocality, result.intervals))
     for row in result.layers[result.layers["status"] != "ok"].drop_duplicates(["name", "reason"]).itertuples():
-        click.echo(f"skipped layer {row.layer} ({row.name}, {row.kind}): {row.reason}")
-    click.echo(f"wrote {', '.join(map(str, paths))}")
+        say(f"skipped layer {row.layer} ({row.name}, {row.kind}): {row.reason}")
+    say(f"wrote {', '.join(map(str, paths))}")

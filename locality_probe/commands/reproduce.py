@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, resumable
+from locality_probe.commands.base import command, resumable, say
 from locality_probe.typed import typed
 
 
@@ -40,4 +40,4 @@ def reproduce_command(scale, only, out, data_dir, executor, workers, threads, sl
     place = typed(sweep.choose_place, executor, runs, out, trained_on, workers, threads, list(slurm))
     device = options.compute_on("auto" if executor == "slurm" else device)
     with resumable():
-        reproduce.reproduce(scale, names, out, data_dir, device, place, dry_run, click.echo)
+        reproduce.reproduce(scale, names, out, data_dir, device, place, dry_run, say)

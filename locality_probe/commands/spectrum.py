@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, warn
+from locality_probe.commands.base import command, say, warn
 
 
 @command("spectrum")
@@ -38,5 +38,5 @@ def spectrum_command(runs, n, seed, tasks, data_dir, out, threads, device) -> No
     with counter(sum(1 + len(d.tasks) for d in directories), "networks measured") as report:
         found = spectra.spectra(directories, list(tasks), n, seed, data_dir, device, report, warn)
     paths = [*found.write(out), style.save(figures.spectra.draw(found.spectrum), out / "spectrum.png")]
-    click.echo(spectra.format_table(found.summary))
-    click.echo(f"wrote {', '.join(map(str, paths))}")
+    say(spectra.format_table(found.summary))
+    say(f"wrote {', '.join(map(str, paths))}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, resumable
+from locality_probe.commands.base import command, resumable, say
 from locality_probe.typed import typed
 
 
@@ -41,10 +41,10 @@ def sweep_command(
         options.check_folder(out)
     jobs = sweep.planned(jobs)
     if status or dry_run:
-        click.echo(sweep.format_table(sweep.status(jobs, out)) + f"\n{place}" * dry_run)
+        say(sweep.format_table(sweep.status(jobs, out)) + f"\n{place}" * dry_run)
         return
     with resumable():
         table = sweep.sweep(jobs, place, out)
-    click.echo(sweep.format_table(table))
+    say(sweep.format_table(table))
     if (table["state"] == "failed").any():
         raise SystemExit(1)

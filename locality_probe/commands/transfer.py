@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, warn
+from locality_probe.commands.base import command, say, warn
 
 
 @command("transfer")
@@ -44,5 +44,5 @@ def transfer_command(runs, per_class, test_per_class, seed, tasks, data_dir, out
     if (found.transfer["group"] == "future").any():
         figure = figures.transfer.draw(found.transfer, found.nonlocality)
         paths.append(style.save(figure, out / "transfer.png"))
-    click.echo(transfer.format_tables(found))
-    click.echo(f"wrote {', '.join(map(str, paths))}")
+    say(transfer.format_tables(found))
+    say(f"wrote {', '.join(map(str, paths))}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cil import checkpoint, data, sweep, text
-from cil.data import Dataset, ImageSet
+from cil.data import Dataset, ImageSet, Source
 from cil.device import processor
 from cil.dry_run import duration, estimate
 from cil.run import Run
@@ -17,15 +17,6 @@ from cil.sweep import Job
 from cil.train import in_class_order, load_dataset
 from figures.paper.plan import Work
 from figures.paper.study import Study
-
-# Images of a class for training and testing, pixels: to plan without the data.
-NOMINAL = {"cifar100": (500, 100, 32), "imagenet100": (1300, 50, 224)}
-HOW_TO_GET = {
-    "cifar100": "CIFAR-100: name its folder with --data, or fetch it: locality-probe train small-b10-10-baseline "
-    "--data data --download",
-    "imagenet100": "ImageNet-100: the first 100 synsets of ILSVRC-2012 as train/<wnid>/ and val/<wnid>/, from "
-    "image-net.org; name their folder with --data",
-}
 
 
 def describe(work: Work, missing: list[tuple[str, Path]], to_train: list[Job], place: sweep.Place, device: str) -> str:
@@ -84,9 +75,10 @@ def cost_of(jobs: list[Job], study: Study, threads: int, device: str) -> list[tu
 
 def nominal(run: Run) -> Dataset:
     """A stand-in with the published numbers of images, all of them one; data sets that come with the product are real."""
-    if run.dataset not in NOMINAL:
+    published = source_of(run.dataset).nominal
+    if published is None:
         return load_dataset(run)
-    train, test, size = NOMINAL[run.dataset]
+    train, test, size = published
     one = torch.randint(256, (1, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
     def images(a_class: int) -> ImageSet:
@@ -102,5 +94,10 @@ def lacking(jobs: list[Job]) -> list[str]:
         try:
             load_dataset(run)
         except ValueError as error:
-            words.append(f"{error}\n{HOW_TO_GET.get(run.dataset, '')}".rstrip())
+            words.append(f"{error}\n{source_of(run.dataset).how_to_get}".rstrip())
     return words
+
+
+def source_of(dataset: str) -> Source:
+    """All that is to be said of a data set, `folder:PATH` among them."""
+    return data.DATASETS[dataset.partition(":")[0]]

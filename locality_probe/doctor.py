@@ -36,10 +36,11 @@ def find(model: str, weights: Path | None = None, pretrained: bool = False) -> S
     if path.is_file() or path.is_dir():
         if weights or pretrained:
             raise Typed(f"{model} has its own weights: leave --weights and --pretrained away")
-        directory = checkpoint.open_run(path) if path.is_dir() else None
-        if directory and not directory.tasks:
-            raise ValueError(f"{model} has no finished task yet")
-        return from_run(directory, directory.tasks[-1]) if directory else from_file(path)
+        if path.is_file():
+            return from_file(path)
+        directory = checkpoint.open_run(path)
+        directory.require()
+        return from_run(directory, directory.tasks[-1])
     check_model(model)
     return from_model_option(model, weights, pretrained, warn=lambda sentence: None)
 

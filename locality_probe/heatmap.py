@@ -16,7 +16,7 @@ from cil.files import atomically
 from locality_probe.record import Layer, Recorded, record
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL
-from locality_probe.typed import Patch, Pixel, Typed, parse_heads, parse_layers, parse_query, split_checkpoint
+from locality_probe.typed import Patch, Pixel, Typed, parse_heads, parse_layers, parse_query, split_checkpoint, typed
 
 AXES = ("run", "task", "layer", "head")
 Query = str | Patch  # mean, cls, or a patch
@@ -237,11 +237,9 @@ def parse_checkpoint(spec: str) -> list[Callable[[], Subject]]:
     """
     path, which = split_checkpoint(spec)
     directory = checkpoint.open_run(path)
-    if not directory.tasks:
-        raise ValueError(f"{path} has no finished task yet")
+    directory.require()
     tasks = {"all": directory.tasks, "init": [INITIAL], None: directory.tasks[-1:]}.get(which) or [int(which)]
-    if missing := set(tasks) - {INITIAL, *directory.tasks}:
-        raise Typed(f"no task {min(missing)} in {path}; there: {', '.join(map(str, directory.tasks))}")
+    typed(directory.require, [task for task in tasks if task != INITIAL])
     return [lambda task=task: from_run(directory, task) for task in tasks]
 
 

@@ -13,7 +13,7 @@ from cil.tables import AFTER
 from locality_probe.images import ProbeImages, load_images
 from locality_probe.subject import Subject, from_file, from_model_option, from_run, is_task_of_run
 from locality_probe.tables import INITIAL
-from locality_probe.typed import Typed
+from locality_probe.typed import typed
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,8 @@ def runs_of(paths: list[str], tasks: list[int], warn: Callable[[str], None]) -> 
     """Run directories and the joint twins that are there. Raises ValueError for none, two of a name, or a missing task."""
     given = [checkpoint.open_run(path) for path in paths]
     for directory in given:
-        if not directory.tasks:
-            raise ValueError(f"no finished task in {directory.path}; there: none")
-        if missing := set(tasks) - set(directory.tasks):
-            raise Typed(f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}")
+        directory.require()
+        typed(directory.require, tasks)
     directories = [d for d in with_twins(given, warn) if d.tasks]
     _refuse_equal_names([(d.name, d.path) for d in directories])
     return directories
@@ -120,11 +118,8 @@ def subjects_of(directories: list[RunDir], tasks: list[int] | None = None) -> li
     """
     subjects: list[Callable[[], Subject]] = []
     for directory in directories:
-        if not directory.tasks:
-            raise ValueError(f"{directory.path} has no finished task yet; locality-probe train goes on with it")
-        missing = set(tasks or ()) - set(directory.tasks)
-        if missing:
-            raise Typed(f"no task {min(missing)} in {directory.path}; there: {', '.join(map(str, directory.tasks))}")
+        directory.require()
+        typed(directory.require, tasks or ())
         for task in [INITIAL, *(tasks or directory.tasks)]:
             for at_step in [*directory.checkpoints(task), AFTER]:
                 subjects.append(functools.partial(from_run, directory, task, at_step))

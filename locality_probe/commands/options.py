@@ -99,15 +99,11 @@ def compute_on(device: str, threads: int | None = None) -> str:
     """The device by its name, and torch set to so many CPU threads. Raises Typed for a device that is not here."""
     import torch
 
+    from cil.device import resolve
+
     if threads:
         torch.set_num_threads(threads)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Typed(f"no device {device!r} here ({str(error).splitlines()[0]})") from None
-    return device
+    return typed(resolve, device)
 
 
 def check_places(places: Iterable[str]) -> None:

@@ -68,6 +68,11 @@ def invoke(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+def flat(printed):
+    """What a command printed, however its lines were broken."""
+    return " ".join(printed.split())
+
+
 def run_ok(*arguments):
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output

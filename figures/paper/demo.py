@@ -56,7 +56,7 @@ def run_demo(out: Path, echo: Callable[[str], None], device: str = "cpu", thread
         *drawn,
     ]:
         echo(f"  {path}")
-    echo(f"Next: locality-probe heatmap {out / 'digit.png'} --ckpt {out / PAIRS[0]} --head all")
+    echo(f"Next:\n  locality-probe heatmap {out / 'digit.png'} --head all \\\n      --ckpt {out / PAIRS[0]}")
 
 
 def train_all(names: list[str], out: Path, device: str = "cpu", threads: int = 1) -> None:

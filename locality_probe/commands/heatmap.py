@@ -33,7 +33,7 @@ def newest_run(root: Path = Path("runs")) -> Path | None:
 @click.option("--columns", type=click.Choice(["run", "task", "layer", "head"]), help="What columns are; rows are the rest.  "
               "[default: the first of task, run, head, layer that varies]")  # fmt: skip
 @click.option("--scale", type=click.Choice(["shared", "each", "uniform"]), default="shared", show_default=True,
-              help="Colour range: of all panels, of each, or times uniform attention.")  # fmt: skip
+              help="Colour range: of all panels, of each, or the ratio to uniform attention.")  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]"
 )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from locality_probe.probe import Probe as Probe
     from locality_probe.record import Layer as Layer
     from locality_probe.record import Maps as Maps
-    from locality_probe.record import watching as watching
+    from locality_probe.record import Recorder as Recorder
     from locality_probe.subject import Subject as Subject
     from locality_probe.subject import from_file as from_file
     from locality_probe.subject import from_hf as from_hf
@@ -62,7 +62,7 @@ PUBLIC = {
     "nonlocality": "measures",
     "positions": "measures",
     "uniform_nonlocality": "measures",
-    "watching": "record",
+    "Recorder": "record",
 }
 __all__ = list(PUBLIC)
 

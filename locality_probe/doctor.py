@@ -10,7 +10,7 @@ from torch import nn
 
 from cil import checkpoint, text
 from locality_probe.probe import NO_PATCHES
-from locality_probe.record import Layer, watching
+from locality_probe.record import Layer, Recorder
 from locality_probe.subject import Subject, from_file, from_model_option, from_run
 from locality_probe.typed import Typed, check_model
 
@@ -18,15 +18,16 @@ BATCH = 2  # with one image alone, windows could not be told from images
 
 
 def examine(
-    model: nn.Module, *inputs: object, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None
+    model: nn.Module, *inputs: object, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None,
+    **named: object,
 ) -> list[Layer]:
     """Every attention layer of `model` as it runs on `inputs` ([2, ...] at least), measured or skipped with its reason.
 
     Raises ValueError for a model without attention or with compiled parts.
     """
-    with watching(model, lambda layer, maps: {}, grid, num_prefix_tokens) as watch:
-        watch.forward(*inputs)
-    layers = [item.layer for item in watch.result()]
+    recorder = Recorder(model, lambda layer, maps: {}, grid, num_prefix_tokens)
+    recorder.forward(*inputs, **named)
+    layers = [item.layer for item in recorder.result()]
     return [x if x.status != "ok" or x.between_patches else x.skipped(NO_PATCHES) for x in layers]
 
 

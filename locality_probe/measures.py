@@ -7,108 +7,139 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-MEASURES = ("d_loc", "rms_distance", "prefix_mass", "entropy", "self_mass", "centroid_shift")
+from locality_probe.geometry import Geometry, distances, everyday_tensors, positions, uniform_nonlocality
+
+__all__ = ["MEASURES", "Sums", "distances", "measure", "measure_attention", "nonlocality", "positions", "uniform_nonlocality"]
+
+MEASURES = (
+    "d_loc", "rms_distance", "prefix_mass", "entropy", "self_mass", "centroid_shift", "sink_mass", "d_loc_no_sinks",
+    "d_time", "d_space",
+)  # fmt: skip
 
 
-@functools.lru_cache(maxsize=32)
-def positions(grid: tuple[int, ...]) -> Tensor:
-    """Where the patches of a grid are: [N, 2] as (x, y), or [N, 1] for a sequence; float64."""
-    axes = torch.meshgrid(*(torch.arange(side).double() for side in grid), indexing="ij")
-    return torch.stack(axes[::-1], dim=-1).flatten(0, -2)
-
-
-@functools.lru_cache(maxsize=32)
-def distances(grid: tuple[int, ...]) -> Tensor:
-    """||p_j - p_i|| between the patches of a grid: [N, N] in float64, unit patches, row-major order."""
-    p = positions(grid)
-    return (p[:, None] - p[None]).square().sum(-1).sqrt()
-
-
-@functools.lru_cache(maxsize=128)
-def uniform_nonlocality(grid: tuple[int, ...], causal: bool = False) -> float:
-    """D_loc of uniform attention: the mean distance of two patches drawn from the whole grid; causal: j at most i."""
-    if not causal:
-        return distances(tuple(grid)).mean().item()
-    n = math.prod(grid)
-    return (distances(tuple(grid)).tril().sum(1) / torch.arange(1, n + 1)).mean().item()
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the tokens of an attention map are: `num_prefix_tokens` that have no place, then the patches of `grid`."""
-
-    grid: tuple[int, ...]
-    num_prefix_tokens: int = 0
-
-    @property
-    def patches(self) -> int:
-        return math.prod(self.grid)
-
-    @property
-    def tokens(self) -> int:
-        return self.num_prefix_tokens + self.patches
-
-
-@functools.lru_cache(maxsize=16)  # of one grid, layer after layer; all queries at once would need N^2 memory
+@functools.lru_cache(maxsize=64)  # of one grid, layer after layer; all queries at once would need N^2 memory
 def _weights(
-    geometry: Geometry, first: int, last: int, squares: bool, dtype: torch.dtype, device: torch.device
+    geometry: Geometry, window: int, first: int, last: int, powers: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Of the queries first..last: [last - first, 2 or 3, tokens] with 1, ||p_j - p_i|| and its square; 0 for prefix keys.
+    """Of the queries first..last: [last - first, 2.., K] with 1, ||p_j - p_i|| and what `powers` names; 0 for keys and
+    queries without a place.
 
     Keys go last, as they do in attention: a product over them is then 1.5 to 7 times as fast (benchmarks/probe.py).
     """
-    p = positions(geometry.grid).to(device, dtype)
-    places = torch.arange(first, last, device=device) - geometry.num_prefix_tokens
-    square = sum((axis - axis[places.clamp_min(0), None]).square() for axis in p.T) * (places >= 0)[:, None]
-    weights = p.new_zeros(last - first, 2 + squares, geometry.tokens)
-    patches = weights[:, :, geometry.num_prefix_tokens :]
-    patches[:, 0] = 1
-    patches[:, 1] = square.sqrt()
-    if squares:
-        patches[:, 2] = square
-    return weights
+    with everyday_tensors():
+        work = torch.float64 if device.type == "cpu" or dtype == torch.float64 else dtype
+        q, k = geometry.queries[window, first:last].to(device, work), geometry.keys[window].to(device, work)
+        both = (~q.isnan().any(-1))[:, None] & ~k.isnan().any(-1)
+        squares = [(k[:, axis] - q[:, None, axis]).square() for axis in range(k.shape[1])]
+        square = sum(squares[1:], squares[0])
+        rows = {"mass": torch.ones_like(square), "distance": square.sqrt(), "square": square}
+        if len(squares) == 3:  # video: frames, rows, columns
+            rows |= {"time": squares[0].sqrt(), "space": (squares[1] + squares[2]).sqrt()}
+        return torch.stack([rows[name].masked_fill(~both, 0.0) for name in ("mass", "distance", *powers)], 1).to(dtype)
 
 
 class Sums:
-    """What each measure needs of each row of attention maps [B, H, Q, K], added block by block: nothing else is kept.
+    """What each measure needs of each row of attention maps [B * W, H, Q, K], added block by block: nothing else is kept.
 
-    A row is summed in the precision it comes in, rows are added in float64: near float64, at the price of float32.
+    The windows of an image follow each other. A row is summed in the precision it comes in, rows are added in float64: near
+    float64, at the price of float32. Where `add` was not shown all queries of an image at once, `sinks_missing` says so,
+    and all blocks are to be shown to `add_sinks`.
     """
 
-    # The sums of a row: over patches of A, A ||p_j - p_i||, A ||p_j - p_i||^2, A log A; A_ii; A on prefix tokens; then A p_j.
-    MASS, DISTANCE, SQUARE, ENTROPY, SELF, PREFIX, PLACE = range(7)
-
+    # The sums of a row: over patches of A, A ||p_j - p_i||, then of what is wanted of these; then A p_j, one per axis.
     def __init__(self, geometry: Geometry, shape: tuple[int, ...], like: Tensor, wanted: tuple[str, ...] = MEASURES):
         self.geometry, self.wanted = geometry, check_measures(wanted)
-        p = positions(geometry.grid)
-        self.places = torch.nn.functional.pad(p - p.mean(0), (0, 0, geometry.num_prefix_tokens, 0)).to(
-            like
-        )  # [tokens, 2]
-        self.rows = like.new_zeros(*shape, geometry.tokens, self.PLACE + len(geometry.grid))
+        axes = len(geometry.grid)
+        self.powers = ("square",) * ("rms_distance" in wanted) + ("time", "space") * (
+            axes == 3 and bool({"d_time", "d_space"} & set(wanted))
+        )
+        names = ["mass", "distance", *self.powers, "entropy", "self", "prefix", "sink", "sink_distance"]
+        self.at = {name: n for n, name in enumerate(names)}
+        self.place = len(names)
+        self.rows = like.new_zeros(*shape, geometry.queries.shape[1], self.place + axes)
         self.scratch: Tensor | None = None
+        self.sinks = bool({"sink_mass", "d_loc_no_sinks"} & set(wanted))
+        self.received = like.new_zeros(*shape, geometry.keys.shape[1], dtype=torch.float32) if self.sinks else None
+        self.sinks_missing = False
+        self.parts: list[tuple[int, Tensor | None]] = [
+            (window, None if len(geometry.classes.unique()) == 1 else (geometry.classes == window))
+            for window in geometry.classes.unique().tolist()
+        ]  # windows that lie alike; None: all of them
 
     def add(self, attention: Tensor, images: slice, heads: slice, first: int) -> None:
         """attention [b, h, q, K], contiguous: of these images and heads, for the queries `first`, first + 1, ..."""
+        self._each_part(self._add, attention, images, heads, first)
+
+    def add_sinks(self, attention: Tensor, images: slice, heads: slice, first: int) -> None:
+        """The same blocks a second time, once all queries have been seen: what the sinks get."""
+        self._each_part(self._add_sinks, attention, images, heads, first)
+
+    def _each_part(self, add, attention: Tensor, images: slice, heads: slice, first: int) -> None:
+        for window, alike in self.parts:
+            if alike is None:
+                rows = self.rows[images, heads, first : first + attention.shape[2]]
+                received = None if self.received is None else self.received[images, heads]
+                add(window, attention, rows, received, first)
+                continue
+            of_images = torch.arange(len(self.rows))[images]
+            chosen = alike[of_images % self.geometry.windows]
+            if chosen.any():
+                index, n = of_images[chosen].to(attention.device), attention.shape[2]
+                rows = self.rows[index, heads, first : first + n]
+                received = None if self.received is None else self.received[index, heads]
+                add(window, attention[chosen.to(attention.device)], rows, received, first)
+                self.rows[index, heads, first : first + n] = rows
+                if self.received is not None:
+                    self.received[index, heads] = received
+
+    def _add(self, window: int, attention: Tensor, rows: Tensor, received: Tensor | None, first: int) -> None:
         b, h, q, keys = attention.shape
-        prefix, squares = self.geometry.num_prefix_tokens, "rms_distance" in self.wanted
-        rows = self.rows[images, heads, first : first + q]
-        weights = _weights(self.geometry, first, first + q, squares, attention.dtype, attention.device)
+        geometry, at = self.geometry, self.at
+        weights = _weights(geometry, window, first, first + q, self.powers, attention.dtype, attention.device)
         # Not einsum over [b, h, q, K]: a batch of products, one a query, that reads each row once.
         sums = torch.bmm(weights, attention.view(b * h, q, keys).permute(1, 2, 0))  # [q, 3, K] @ [q, K, b * h]
-        rows[..., : 2 + squares] = sums.permute(2, 0, 1).view(b, h, q, -1)
+        rows[..., : weights.shape[1]] = sums.permute(2, 0, 1).view(b, h, q, -1)
         if "centroid_shift" in self.wanted:
-            rows[..., self.PLACE :] = (attention.view(-1, keys) @ self.places).view(b, h, q, -1)
-        if "prefix_mass" in self.wanted and prefix:
-            rows[..., self.PREFIX] = attention[..., :prefix].sum(-1)
-        if "self_mass" in self.wanted:
-            rows[..., self.SELF] = attention.diagonal(first, 2, 3)
+            places = _centred(geometry, window, attention.dtype, attention.device)
+            rows[..., self.place :] = (attention.view(-1, keys) @ places).view(b, h, q, -1)
+        front = _in_front(geometry, window)
+        placed = geometry.placed_keys[window].to(attention.device) if front is None else None
+        if "prefix_mass" in self.wanted and front != 0:
+            elsewhere = attention[..., :front] if front else attention[..., ~placed]
+            rows[..., at["prefix"]] = elsewhere.sum(-1)
+        if "self_mass" in self.wanted and geometry.self_keys is not None:
+            if geometry.same_places:
+                rows[..., at["self"]] = attention.diagonal(first, 2, 3)
+            else:
+                own = geometry.self_keys[window, first : first + q].to(attention.device)
+                there = attention.gather(-1, own.clamp_min(0)[:, None].expand(b, h, q, 1))[..., 0]
+                rows[..., at["self"]] = there * (own >= 0)
         if "entropy" in self.wanted:
-            rows[..., self.ENTROPY] = self._a_log_a(attention[..., prefix:])
+            rows[..., at["entropy"]] = self._a_log_a(attention[..., front:] if front is not None else attention[..., placed])
+        if received is not None:
+            seen = geometry.placed_queries[window, first : first + q].to(attention.device)
+            received += (attention if seen.all() else attention[:, :, seen]).sum(2)
+            whole = q == geometry.queries.shape[1]
+            self.sinks_missing |= not whole
+            if whole:
+                self._add_sinks(window, attention, rows, received, first)
+
+    def _add_sinks(self, window: int, attention: Tensor, rows: Tensor, received: Tensor, first: int) -> None:
+        b, h, q, _ = attention.shape
+        placed = self.geometry.placed_keys[window].to(attention.device)
+        count = -(-int(placed.sum()) // 100)
+        if count == 0:
+            return
+        sinks = received.masked_fill(~placed, -1.0).topk(count, dim=-1).indices  # [b, h, count]
+        got = attention.gather(-1, sinks[:, :, None].expand(b, h, q, count))
+        weights = _weights(self.geometry, window, first, first + q, (), attention.dtype, attention.device)
+        far = weights[:, 1].gather(1, sinks.flatten()[None].expand(q, -1)).view(q, b, h, count).permute(1, 2, 0, 3)
+        rows[..., self.at["sink"]] = got.sum(-1)
+        rows[..., self.at["sink_distance"]] = (got * far).sum(-1)
 
     def _a_log_a(self, patches: Tensor) -> Tensor:
         """sum_j A_ij log A_ij: [b, h, q, N] -> [b, h, q]"""
@@ -120,25 +151,65 @@ class Sums:
         return logs.sum(-1)
 
     def values(self) -> dict[str, Tensor]:
-        """Each wanted measure [B, H] in float64: NaN where no patch attends to a patch."""
-        rows = self.rows[:, :, self.geometry.num_prefix_tokens :].double()  # queries that are patches
-        mass = rows[..., self.MASS]
+        """Each wanted measure [B, H] in float64: the mean over the patches of an image, in all of its windows; NaN where no
+        patch attends to a patch, and where a measure has no meaning (d_time in an image)."""
+        geometry, at = self.geometry, self.at
+        rows = self.rows.cpu().double().unflatten(0, (-1, geometry.windows)).transpose(1, 2)  # [B, H, W, Q, ...]
+        rows = rows.flatten(2, 3)[:, :, geometry.placed_queries.flatten()]  # queries that are patches
+        mass = rows[..., at["mass"]]
         empty = mass == 0
         share, count = mass.masked_fill(empty, 1.0), (~empty).sum(-1)
-        p = positions(self.geometry.grid).to(rows.device)
+        keys = geometry.placed_keys.sum(1)[:, None].expand_as(geometry.placed_queries)[geometry.placed_queries]
+        own = geometry.self_keys
+        p = torch.stack([_origin(geometry, w) for w in geometry.classes.tolist()])[:, None]
+        queries = (geometry.queries - p)[geometry.placed_queries]
 
         def mean(per_query: Tensor) -> Tensor:
             return per_query.masked_fill(empty, 0.0).sum(-1) / count
 
+        def sinkless() -> Tensor:
+            left = mass - rows[..., at["sink"]]
+            gone = left <= 1e-6 * share
+            far = (rows[..., at["distance"]] - rows[..., at["sink_distance"]]).clamp_min(0)
+            return (far / left.masked_fill(gone, 1.0)).masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1)
+
+        nothing = torch.full(mass.shape[:2], math.nan, dtype=torch.float64)
         measures = {
-            "d_loc": lambda: mean(rows[..., self.DISTANCE] / share),
-            "rms_distance": lambda: mean(rows[..., self.SQUARE] / share).sqrt(),
-            "prefix_mass": lambda: rows[..., self.PREFIX].mean(-1),
-            "entropy": lambda: mean(share.log() - rows[..., self.ENTROPY] / share) / math.log(len(p)),
-            "self_mass": lambda: mean(rows[..., self.SELF] / share),
-            "centroid_shift": lambda: mean((rows[..., self.PLACE :] / share[..., None] - (p - p.mean(0))).norm(dim=-1)),
+            "d_loc": lambda: mean(rows[..., at["distance"]] / share),
+            "rms_distance": lambda: mean(rows[..., at["square"]] / share).sqrt(),
+            "prefix_mass": lambda: rows[..., at["prefix"]].mean(-1),
+            "entropy": lambda: mean((share.log() - rows[..., at["entropy"]] / share) / keys.double().log()),
+            "self_mass": lambda: nothing if own is None else mean(rows[..., at["self"]] / share),
+            "centroid_shift": lambda: mean((rows[..., self.place :] / share[..., None] - queries).norm(dim=-1)),
+            "sink_mass": lambda: mean(rows[..., at["sink"]] / share),
+            "d_loc_no_sinks": sinkless,
+            "d_time": lambda: mean(rows[..., at["time"]] / share) if "time" in at else nothing,
+            "d_space": lambda: mean(rows[..., at["space"]] / share) if "space" in at else nothing,
         }
         return {name: measures[name]() for name in self.wanted}
+
+
+@functools.lru_cache(maxsize=64)
+def _origin(geometry: Geometry, window: int) -> Tensor:
+    """The mean place of a window's keys, [D]: sums of places are taken from there, where they are small."""
+    with everyday_tensors():
+        placed = geometry.keys[window][geometry.placed_keys[window]]
+        return placed.mean(0) if len(placed) else torch.zeros(len(geometry.grid), dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=64)
+def _centred(geometry: Geometry, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where the keys of a window are, from their mean: [K, D], 0 for those without a place."""
+    with everyday_tensors():
+        return (geometry.keys[window] - _origin(geometry, window)).nan_to_num(0.0).to(dtype).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _in_front(geometry: Geometry, window: int) -> int | None:
+    """How many keys have no place, where they are all in front of those that have one; else None."""
+    placed = geometry.placed_keys[window]
+    count = int((~placed).sum())
+    return count if not placed[:count].any() else None
 
 
 def check_measures(wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -163,16 +234,27 @@ def measure_attention(
     - entropy: mean over patches of -sum_j A'_ij log A'_ij, over log N: 0 one key, 1 uniform
     - self_mass: mean of A'_ii, 0 to 1
     - centroid_shift: mean of ||sum_j A'_ij p_j - p_i||, patches; never above d_loc
+    - sink_mass: mean of sum_j in S A'_ij, where S are the ceil(N / 100) patches that get most, by the mean over queries,
+      per image and head: 0 to 1 (attention sinks: Darcet et al. 2024, "Vision transformers need registers")
+    - d_loc_no_sinks: d_loc with the columns of S left out and rows renormalised, patches
+    - d_time, d_space: mean of sum_j A'_ij |t_j - t_i|, and of the distance over rows and columns, for a grid of (frames,
+      rows, columns); NaN for others
 
     attention: [B, H, prefix + N, prefix + N], rows sum to 1, N = product of `grid`, in row-major order.
     Raises ValueError when the shape does not fit the grid, and for an unknown measure.
     """
-    geometry = Geometry(tuple(grid), num_prefix_tokens)
-    if attention.ndim != 4 or attention.shape[-2:] != (geometry.tokens, geometry.tokens):
+    geometry = Geometry.of_grid(tuple(grid), num_prefix_tokens)
+    tokens = geometry.keys.shape[1]
+    if attention.ndim != 4 or attention.shape[-2:] != (tokens, tokens):
         raise ValueError(
             f"attention {tuple(attention.shape)} is not [B, H, T, T] with T = {num_prefix_tokens} prefix tokens + "
             f"{' x '.join(map(str, grid))} patches"
         )
+    return measure(attention, geometry, wanted)
+
+
+def measure(attention: Tensor, geometry: Geometry, wanted: tuple[str, ...] = MEASURES) -> dict[str, Tensor]:
+    """`measure_attention` for tokens anywhere: attention [B * W, H, Q, K], the windows of an image one after the other."""
     sums = Sums(geometry, tuple(attention.shape[:2]), attention, wanted)
     sums.add(attention.contiguous(), slice(None), slice(None), 0)
     return sums.values()

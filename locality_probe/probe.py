@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import pandas as pd
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cil.tables import AFTER
-from locality_probe.measures import MEASURES, Geometry, Sums, check_measures
-from locality_probe.record import Layer, Maps, Recorded, Watch, watching
+from locality_probe.measures import MEASURES, Sums, check_measures
+from locality_probe.record import Layer, Maps, Recorded, Recorder, plain
 from locality_probe.tables import LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 NO_PATCHES = "only class or task tokens are queries: there is no attention between patches"
@@ -41,6 +40,7 @@ class Measurement:
                        "training": training, "kind": layer.kind, "extent": layer.extent, "images": len(d_loc),
                        "d_loc_sd": d_loc.std(correction=1).item() if len(d_loc) > 1 else 0.0,
                        "d_uniform": layer.d_uniform, "d_ratio": of_head["d_loc"] / layer.d_uniform}
+                    | {"d_loc_pixels": of_head["d_loc"] * layer.patch_pixels, "d_loc_side": of_head["d_loc"] * layer.patch_side}
                     | of_head
                     | {name: values[head].item() for name, values in parameters.items()}
                 )  # fmt: skip
@@ -67,8 +67,8 @@ class Measurement:
         """One row per attention layer, measured or skipped with its reason: the columns of LAYERS."""
         rows = [
             {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "name": layer.name, "kind": layer.kind,
-             "how": layer.how, "num_heads": layer.num_heads, "grid_rows": layer.grid[0] if len(layer.grid) == 2 else 1,
-             "grid_columns": layer.grid[-1], "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens,
+             "how": layer.how, "places": layer.places, "num_heads": layer.num_heads, "grid": "x".join(map(str, layer.grid)),
+             "grid_rows": layer.grid[-2] if len(layer.grid) > 1 else 1, "grid_columns": layer.grid[-1], "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens,
              "status": layer.status, "reason": layer.reason}
             for layer in self.layers
         ]  # fmt: skip
@@ -83,13 +83,14 @@ class Probe:
                 probe.update(images)
         table = probe.result().table()
 
-    grid: (rows, columns) of patches, or (N,) for a sequence of N, where the model does not tell; num_prefix_tokens:
-    tokens in front of them. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc is always there.
-    On leaving, also by an exception, the model is as it was: hooks, the training mode of each module, gradients.
+    grid: (rows, columns) of patches, (N,) for a sequence, (frames, rows, columns) for a video, or a dict of them by the
+    prefix of a tower's module names; num_prefix_tokens: tokens without a place. For images neither is needed: places are
+    observed, and what is given is checked. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc is always there.
+    Nothing is put on the model but during update; after it, also by an exception, the model is as it was.
     Scores are computed in float32 at least, whatever the model computes in. Memory grows neither with the number of layers
     nor with N^2.
 
-    Raises ValueError for a model with compiled parts, and (in update) for one without attention or inputs of another size.
+    update raises ValueError for a model without attention and for inputs of another size.
     """
 
     def __init__(
@@ -98,25 +99,23 @@ class Probe:
     ):  # fmt: skip
         self.model, self.grid, self.num_prefix_tokens = model, grid, num_prefix_tokens
         self.measures = check_measures(tuple(dict.fromkeys(("d_loc", *measures))))
+        self._recorder = Recorder(model, self._read, grid, num_prefix_tokens)
         self._seen: list[list[Recorded]] = []
-        self._stack = contextlib.ExitStack()
-        self._watch: Watch | None = None
+        self._open = False
 
     def __enter__(self) -> Probe:
-        watch = watching(self.model, self._read, self.grid, self.num_prefix_tokens)
-        self._watch = self._stack.enter_context(watch)
+        self._open = True
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._watch = None
-        self._stack.close()
+        self._open = False
 
     def update(self, *inputs: object, **named: object) -> object:
         """Run the model on a batch, [B, 3, H, W] or whatever it takes, and add what is seen. Returns the model's output."""
-        if self._watch is None:
+        if not self._open:
             raise ValueError("update a Probe inside `with Probe(model) as probe:`")
-        output = self._watch.forward(*inputs, **named)
-        recorded = self._watch.result()
+        output = self._recorder.forward(*inputs, **named)
+        recorded = self._recorder.result()
         if self._seen and [r.layer for r in recorded] != [r.layer for r in self._seen[0]]:
             changed = next(
                 (a.layer for a, b in zip(recorded, self._seen[0], strict=False) if a.layer != b.layer),
@@ -132,19 +131,17 @@ class Probe:
     def _read(self, layer: Layer, maps: Maps) -> dict[str, Tensor]:
         if not layer.between_patches:
             return {}
-        assert self._watch is not None  # it is what calls this
-        batch = self._watch.batch
-        geometry = Geometry(layer.grid, layer.num_prefix_tokens)
         sums: list[Sums] = []
 
         def add(attention: Tensor, images: slice, heads: slice, first: int) -> None:
             if not sums:
-                sums.append(Sums(geometry, maps.shape[:2], attention, self.measures))
+                sums.append(Sums(layer.geometry, maps.shape[:2], attention, self.measures))
             sums[0].add(attention, images, heads, first)
 
         maps.visit(add)
-        # The windows of an image follow each other: an image is the mean of its windows.
-        return {name: v.unflatten(0, (batch, -1)).mean(1).cpu() for name, v in sums[0].values().items()}
+        if sums[0].sinks_missing:
+            maps.visit(sums[0].add_sinks)
+        return sums[0].values()
 
     def result(self) -> Measurement:
         """The measurement of all images so far. Raises ValueError if there were none."""
@@ -168,8 +165,8 @@ def locality_parameters(model: nn.Module, layer: Layer) -> dict[str, Tensor]:
     gate: share of positional attention in GPSA, sigmoid of its parameter (ConViT, eq. 7), 0 to 1; content_scale: LPA's
     lambda (arXiv 2304.06971, eq. 3).
     """
-    module = getattr(model, "_orig_mod", model).get_submodule(layer.name)
-    gate = getattr(module, "gate", getattr(module, "gating_param", None))
+    module = next((m for name, m in plain(model).named_modules() if layer.module in (name, type(m).__name__)), None)
+    gate = getattr(module, "gating_param", getattr(module, "gate", None) if hasattr(module, "attention_map") else None)
     learned = {
         "gate": None if gate is None else gate.sigmoid(),
         "content_scale": getattr(module, "content_scale", None),

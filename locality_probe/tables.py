@@ -31,12 +31,17 @@ _SHARES = {  # of locality_probe.measures.measure_attention, which has the equat
     "entropy": ("float64", "of a patch's attention over patches, over that of uniform attention, 0 to 1"),
     "self_mass": ("float64", "attention of a patch on itself, among patches, 0 to 1"),
     "centroid_shift": ("float64", "distance of a patch to the mean place that it attends to, patches"),
+    "sink_mass": ("float64", "attention of patches on the ceil(N / 100) patches that get most, among patches, 0 to 1"),
+    "d_loc_no_sinks": ("float64", "d_loc with those patches left out as keys, patches"),
+    "d_time": ("float64", "of a video: attended distance between frames, frames; empty for images"),
+    "d_space": ("float64", "of a video: attended distance over rows and columns, patches; empty for images"),
 }
+_NEW_SHARES = {name: math.nan for name in ("sink_mass", "d_loc_no_sinks", "d_time", "d_space")}
 
 NONLOCALITY = Table(
     "nonlocality",
     keys=_HEAD | _AT_STEP,
-    added={"at_step": AFTER},
+    added={"at_step": AFTER, "d_loc_pixels": math.nan, "d_loc_side": math.nan} | _NEW_SHARES,
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
         "training": ("str", "incremental | joint (a model a task) | joint-terminal | joint-as-long | model (no run)"),
@@ -47,6 +52,8 @@ NONLOCALITY = Table(
         "d_loc_sd": ("float64", "standard deviation over images of the per-image value, patches"),
         "d_uniform": ("float64", "d_loc of uniform attention on the same grid, patches; causal: over earlier keys"),
         "d_ratio": ("float64", "d_loc / d_uniform"),
+        "d_loc_pixels": ("float64", "d_loc in pixels of the network's input; empty where a patch's size is not known"),
+        "d_loc_side": ("float64", "d_loc in parts of the input's side (the geometric mean of height and width), 0 to about 1"),
         **_SHARES,
         "gate": ("float64", "GPSA: share of positional attention, 0 to 1; empty for other layers"),
         "content_scale": ("float64", "LPA: lambda; empty for other layers"),
@@ -56,7 +63,7 @@ NONLOCALITY = Table(
 NONLOCALITY_IMAGES = Table(
     "nonlocality_images",
     keys=_HEAD | _AT_STEP | {"image": ("int64", "index of the image in its source: see measurement.json")},
-    added={"at_step": AFTER},
+    added={"at_step": AFTER} | _NEW_SHARES,
     values={"d_loc": ("float32", "nonlocality of this image, patches")}
     | {name: ("float32", meaning) for name, (_, meaning) in _SHARES.items()},
 )
@@ -227,21 +234,23 @@ HISTORY = Table(
 LAYERS = Table(
     "layers",
     keys=_MODEL | _AT_STEP,
-    added={"at_step": AFTER},
-    renamed={"how": {"fused": "sdpa", "written out": "eager"}},
+    added={"at_step": AFTER, "places": "", "grid": ""},
+    renamed={"how": {"fused": "sdpa", "written out": "eager", "multihead": "sdpa"}},
     values={
         "name": ("str", "module path in the model"),
         "kind": ("str", "class of the attention layer"),
         "how": (
             "str",
-            "sdpa: F.scaled_dot_product_attention | eager: a softmax and its product with the values | "
-            "multihead: nn.MultiheadAttention | asked: the layer gives its map; empty if skipped",
+            "sdpa: scaled_dot_product_attention | eager: products of queries, keys and values | "
+            "kernel: another library's kernel | asked: the layer gives its map; empty if skipped",
         ),
+        "places": ("str", "how it is known where tokens are: declared | given | observed; empty if skipped"),
+        "grid": ("str", "places along each axis, like 14x14; frames first in a video"),
         "num_heads": ("int64", "0 where the layer was not seen"),
         "grid_rows": ("int64", "patches; 1 for a sequence"),
         "grid_columns": ("int64", "patches, or positions of a sequence"),
         "extent": ("str", "grid: the whole image | window: the grid is that of a window"),
-        "num_prefix_tokens": ("int64", "class, register and distillation tokens before the patches"),
+        "num_prefix_tokens": ("int64", "keys without a place: class, register and prompt tokens"),
         "status": ("str", "ok | skipped"),
         "reason": ("str", "why it was skipped; empty if ok"),
     },

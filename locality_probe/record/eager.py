@@ -1,38 +1,162 @@
-"""Attention that a layer writes out: a softmax over the keys, followed until it is multiplied with the values."""
+"""Attention that a layer writes out: a product of queries and keys, followed through what is done to it until it meets values.
+
+Whatever the spelling (softmax as function or method, exp over its sum, einsum, baddbmm, a scripted function), by the time it
+reaches the operators of aten it is a batched product, elementwise operations and views, and a second batched product.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from locality_probe.record.maps import Maps, wide
+from locality_probe.record.sighting import Sighting, Sorting
 
-SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax}
-CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
-PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.bmm, torch.Tensor.bmm}
-
-
-def eager_maps(attention: Tensor) -> Maps:
-    """The maps of a softmax that the layer has computed, [B, H, Q, K]."""
-    return Maps(lambda rows: wide(attention[rows]), attention.shape)
-
-
-def argument(args: tuple, kwargs: dict, place: int, name: str):
-    """What a call was given for the parameter `name` at `place`, or None."""
-    return args[place] if len(args) > place else kwargs.get(name)
-
-
-def is_over_keys(args: tuple, kwargs: dict, result: Tensor) -> bool:
-    """Whether a softmax with these arguments is over the last dimension of something like [B, H, Q, K]."""
-    return result.ndim > 2 and argument(args, kwargs, 1, "dim") in (-1, result.ndim - 1)
+aten = torch.ops.aten
+PRODUCTS = {aten.bmm.default: 0, aten.baddbmm.default: 1}  # and which argument is its left factor
+ELEMENTWISE = {  # besides the operators that aten itself tags as pointwise
+    aten._softmax.default, aten._log_softmax.default, aten._safe_softmax.default, aten.clone.default, aten._to_copy.default,
+    aten.native_dropout.default, aten.contiguous.default, aten.dropout.default, aten.nan_to_num.default,
+}  # fmt: skip
+COPIES = {aten._unsafe_view.default, aten.index_select.default, aten.cat.default}
+NOISE = {aten.bernoulli_.float, aten.bernoulli_.Tensor, aten.bernoulli.default, aten.bernoulli.p}
+NOT_ONE = "its weights sum to {:.3g} where they meet the values, not to 1: it is no attention that D_loc is defined for"
+NEGATIVE = "its weights are negative in places, down to {:.2g}: they are no shares of attention (heads mixed, or subtracted)"
+KEYS_FIRST = "its keys meet the values before the queries (linear attention): there is no map of tokens on tokens"
+LOST = "what it does to its scores before they meet the values cannot be followed"
 
 
-def multiplies(func, args: tuple, kwargs: dict, attention: Tensor) -> bool:
-    """Whether this product sums over the keys of `attention`, as that with the values does."""
-    if func is not torch.einsum:
-        return argument(args, kwargs, 0, "input") is attention
-    operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-    terms, _, out = args[0].replace(" ", "").partition("->")
-    named = [term for term, operand in zip(terms.split(","), operands, strict=False) if operand is attention]
-    return bool(named) and bool(out) and named[0][-1] not in out and all(letter in out for letter in named[0][:-1])
+@dataclass
+class Product:
+    """queries @ keys on its way to the values. labels: [..], as the product is shaped now, the flat index of its query in
+    `query` [n * Q, d], with stride 0 along the keys; clean: the weights before dropout."""
+
+    query: Tensor
+    labels: Tensor
+    owner: object
+    clean: Tensor | None = None
+    lost: bool = False
+
+    @property
+    def keys_dim(self) -> int | None:
+        """Along which dimension the keys are; None where that is not known."""
+        still = [d for d, (n, stride) in enumerate(zip(self.labels.shape, self.labels.stride(), strict=True)) if n > 1 and not stride]
+        return still[0] if len(still) == 1 else None
+
+
+class Products:
+    """Follows the products of one forward pass. Nothing is kept alive by it but queries."""
+
+    def __init__(self) -> None:
+        self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.noise: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def sees(self, func, args: tuple, kwargs: dict) -> tuple[Sighting, object] | None:
+        """What a product with values tells, before it is run, and the module that its weights began in."""
+        if func not in PRODUCTS or not self.known:
+            return None
+        left, right = args[PRODUCTS[func] : PRODUCTS[func] + 2]
+        known_left, known_right = self.known.get(left), self.known.get(right)
+        known = known_left or known_right
+        if known is None or (known_left and known_right):
+            return None
+        on_left, dim = known is known_left, known.keys_dim
+        weights, values = (left, right) if on_left else (right.mT, left.mT)  # [n, Q, K], [n, K, d]
+        if known.lost or dim is None:
+            return Sighting("eager", reason=LOST, by_name=True), known.owner
+        if dim != (2 if on_left else 1):
+            return Sighting("eager", reason=KEYS_FIRST, by_name=True), known.owner
+        labels = known.labels if on_left else known.labels.mT
+        query = known.query[labels[:, :, 0]]
+        weights, reason = _checked(weights, known.clean if on_left or known.clean is None else known.clean.mT)
+
+        def output(out: Tensor) -> Tensor:
+            out = out.flatten(0, 1) if on_left else out.flatten(0, 1).mT
+            return out.contiguous() if func is aten.bmm.default else out + args[0]
+
+        def maps(sorting: Sorting) -> Maps:
+            ordered = sorting(weights[:, None])
+            return Maps(lambda rows: wide(ordered[rows]), ordered.shape)
+
+        return Sighting("eager", (len(weights), 1, *weights.shape[1:]), query[:, None], (values[:, None],), values[:, None],
+                        maps, output, reason), known.owner  # fmt: skip
+
+    def follow(self, func, args: tuple, result: object, owner: object) -> None:
+        """Note what became of the products: a new one, or an old one in another shape."""
+        if func in PRODUCTS:
+            left, right = args[PRODUCTS[func] : PRODUCTS[func] + 2]
+            if isinstance(result, Tensor) and result.shape[-1] > 1:
+                n, queries, keys = result.shape
+                labels = torch.arange(n * queries, device=result.device).view(n, queries, 1).expand(n, queries, keys)
+                self.known[result] = Product(left.flatten(0, 1), labels, owner)
+            return
+        if func in NOISE:
+            self.noise[result] = True
+        if not self.known:
+            return
+        first = args[0] if args else None
+        flat = [x for x in (first if isinstance(first, (list, tuple)) else args) if isinstance(x, Tensor)]
+        known, source = next(((self.known[x], x) for x in flat if x in self.known), (None, None))
+        if known is None or not (func.is_view or func in COPIES or func in ELEMENTWISE or torch.Tag.pointwise in func.tags):
+            return
+        if func.is_view or func in COPIES:
+            self._moved(func, args, known, source, result)
+            return
+        out = result[0] if isinstance(result, tuple) else result
+        if not isinstance(out, Tensor) or out.shape != source.shape:
+            return
+        dropped = func is aten.native_dropout.default or any(x in self.noise for x in flat)
+        self.known[out] = Product(known.query, known.labels, known.owner, source if dropped else known.clean, known.lost)
+
+    def _moved(self, func, args: tuple, known: Product, source: Tensor, result: object) -> None:
+        """A view or a copy in another shape: the labels, and the weights before dropout, go the same way."""
+        results = list(result) if isinstance(result, (list, tuple)) else [result]
+        labels = _alike(func, args, known.labels, known.keys_dim, len(results))
+        cleans = _alike(func, args, known.clean, known.keys_dim, len(results))
+        for out, its, clean in zip(results, labels, cleans, strict=True):
+            lost = known.lost or its is None
+            self.known[out] = Product(known.query, known.labels if its is None else its, known.owner, clean, lost)
+
+
+def _alike(func, args: tuple, x: Tensor | None, keys_dim: int | None, count: int) -> list[Tensor | None]:
+    """What a view or copy makes of another tensor of its source's shape; None where it cannot be done."""
+    try:
+        if x is None:
+            return [None] * count
+        if func is aten.cat.default:
+            moved = _joined(x, args, keys_dim)
+        elif func is aten._unsafe_view.default:
+            moved = x.view(args[1])
+        elif func is aten.index_select.default and args[1] == keys_dim:
+            moved = None
+        else:
+            moved = func(x, *args[1:])
+        return list(moved) if isinstance(moved, (list, tuple)) else [moved]
+    except (RuntimeError, TypeError):
+        return [None] * count
+
+
+def _joined(x: Tensor, args: tuple, keys_dim: int | None) -> Tensor | None:
+    """The labels of scores that are put together along the keys, as for a memory of more keys."""
+    dim = (args[1] if len(args) > 1 else 0) % x.ndim
+    if dim != keys_dim or x.stride(dim):
+        return None
+    total = sum(y.shape[dim] for y in args[0])
+    return x.narrow(dim, 0, 1).expand(*x.shape[:dim], total, *x.shape[dim + 1 :])
+
+
+def _checked(weights: Tensor, clean: Tensor | None) -> tuple[Tensor, str]:
+    """The weights [n, Q, K] as they are before dropout, and why they are no attention, if so: seen on some of them."""
+    weights = weights if clean is None else clean.reshape(weights.shape)
+    some = wide(weights[:: max(1, len(weights) // 8)])
+    least, sums = some.amin().item(), some.sum(-1)
+    if least < -1e-6:
+        return weights, NEGATIVE.format(least)
+    far = (sums - 1).abs()
+    tolerance = 1e-3 if weights.dtype in (torch.float32, torch.float64) else 3e-2
+    if bool(((far > tolerance) & (sums != 0)).any()):
+        return weights, NOT_ONE.format(sums.flatten()[far.argmax()].item())
+    return weights, ""

@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from locality_probe.measures import uniform_nonlocality
+from locality_probe.geometry import Geometry
+
+NOWHERE = Geometry.of_grid((0, 0))  # of a layer that was skipped before its tokens were found
 
 
 @runtime_checkable
@@ -26,37 +28,77 @@ class AttentionLayer(Protocol):
 class Layer:
     """One attention layer of a model and what became of it: `status` is ok, or skipped with a `reason`.
 
-    how: sdpa (F.scaled_dot_product_attention) | eager (a softmax times the values) | multihead (nn.MultiheadAttention) |
-    asked (by attention_map)
-    extent: grid, of the whole image, or window: the grid is that of one window, and maps are [B * windows, H, Q, K]
+    name: of its module; name#2, name#3 for the second and third time that it attends in one forward pass.
+    how: sdpa (scaled_dot_product_attention's fused kernels) | eager (a product of queries and keys, times the values) |
+    kernel (another fused kernel, read by unit vectors) | asked (by attention_map)
+    places: how it is known where its tokens are: declared (by the layer or the model), given (by grid=), observed
+    geometry: the places; maps of the layer are [B * geometry.windows, H, Q, K]
     """
 
     index: int
     name: str
     kind: str
-    num_heads: int
-    queries: int
-    grid: tuple[int, ...]
-    num_prefix_tokens: int
+    num_heads: int = 0
+    geometry: Geometry = NOWHERE
     status: str = "ok"
     reason: str = ""
     how: str = ""
-    extent: str = "grid"
+    places: str = ""
     causal: bool = False
 
     @property
+    def module(self) -> str:
+        """The name of its module."""
+        return self.name.partition("#")[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Places along each axis, of the whole image or of one window."""
+        return self.geometry.grid
+
+    @property
+    def extent(self) -> str:
+        """grid: over the whole image | window: maps and grid are those of a window"""
+        return "window" if self.geometry.windows > 1 else "grid"
+
+    @property
+    def queries(self) -> int:
+        return self.geometry.queries.shape[1]
+
+    @property
     def keys(self) -> int:
-        return self.num_prefix_tokens + math.prod(self.grid)
+        return self.geometry.keys.shape[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Keys that have no place in the image: class, register and prompt tokens, in front of the patches or not."""
+        return self.geometry.unplaced_keys
 
     @property
     def between_patches(self) -> bool:
         """Whether patches are among the queries; not so where a class or task token alone looks at them."""
-        return self.queries == self.keys
+        return bool(self.geometry.placed_queries.any()) and bool(self.geometry.placed_keys.any())
+
+    @property
+    def patches(self) -> Tensor | None:
+        """Which key each patch of the grid is, row by row: [product of grid]; None in windows, and where keys do not fill it."""
+        return self.geometry.order
 
     @property
     def d_uniform(self) -> float:
         """D_loc of uniform attention here, in patches; under a causal mask, over the keys that it leaves."""
-        return uniform_nonlocality(self.grid, self.causal)
+        return self.geometry.uniform(self.causal)
+
+    @property
+    def patch_pixels(self) -> float:
+        """Pixels of the input between neighbouring patches; NaN where that is not known, or not the same along both axes."""
+        pixels = self.geometry.patch_pixels or (math.nan,)
+        return pixels[0] if all(p == pixels[0] for p in pixels) else math.nan
+
+    @property
+    def patch_side(self) -> float:
+        """A patch in parts of the input's side, the geometric mean of height and width; NaN where pixels are not known."""
+        return self.patch_pixels / math.sqrt(math.prod(self.geometry.image)) if self.geometry.image else math.nan
 
     def skipped(self, reason: str) -> Layer:
         return replace(self, status="skipped", reason=reason)

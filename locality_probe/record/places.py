@@ -1,117 +1,266 @@
-"""Where the tokens of a layer are: on a grid or in a window, behind how many prefix tokens; declared, given or observed."""
+"""Where the tokens of a layer are: declared, given, or observed; never what happens to fit.
+
+What was observed is checked against what the model declares and what is given; where two of them differ, the layer is
+refused and both are said.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-MAX_PREFIX = 16  # more tokens than this in front of the patches are not taken for class and register tokens
-NOT_BETWEEN_PATCHES = {  # by what is in the name of the class, where no shape can tell
-    "xca": "it attends between channels",
-    "covariance": "it attends between channels",
-    "channel": "it attends between channels",
-    "maskunit": "its tokens are ordered by mask units, not by rows of the grid",
-}
+from locality_probe.geometry import Geometry
+from locality_probe.record import lattice
+from locality_probe.record.experiment import Response, Seen
+from locality_probe.record.lattice import Lattice
+from locality_probe.record.sighting import Sorting
+
+IRREGULAR = "its tokens are at no regular places of the image"
+MOVES = "its tokens are at other places from pass to pass, or from image to image"
+NO_IMAGE_TOKENS = (
+    "none of its keys is a place of the image: give grid=(N,) for a sequence, or grid={'its module': (N,)} for one tower"
+)
 
 
-Place = tuple[tuple[int, ...], int, str]  # grid, prefix tokens, extent
+@dataclass(frozen=True)
+class Placed:
+    """Where a layer's tokens are, how that is known, and how its maps are sorted."""
+
+    geometry: Geometry
+    places: str
+    windows: int
+    heads: int
+    heads_first: bool
+
+    def sorting(self, images: int) -> Sorting:
+        return Sorting(images, self.windows, self.heads, self.heads_first)
 
 
-class Places:
-    """Tells the grid, the prefix tokens and the extent of each layer of `model` during one forward pass at a time."""
+@dataclass(frozen=True)
+class Declared:
+    """What is declared by the model, or given by hand: (rows, columns), (N,) or (frames, rows, columns), and how many tokens
+    have no place. None where it is not said."""
 
-    def __init__(self, model: nn.Module, grid: tuple[int, ...] | None, num_prefix_tokens: int | None):
-        self.model, self.grid, self.num_prefix_tokens = model, grid, num_prefix_tokens
-        self.tokens = sum(p.numel() // p.shape[-1] for name, p in model.named_parameters() if p.ndim and is_token(name))
+    grid: tuple[int, ...] | None = None
+    num_prefix_tokens: int | None = None
 
-    def begin(self, inputs: Tensor) -> None:
-        """A forward pass on `inputs`, [B, ...], begins."""
-        self.inputs, self.batch = inputs, len(inputs)
-        self.shapes: dict[tuple[int, int], None] = {}  # of feature maps, or what looks like one; the newest last
+    def says(self, keys: int) -> bool:
+        """Whether it speaks of a layer of so many keys."""
+        return self.grid is not None and keys == math.prod(self.grid) + (self.num_prefix_tokens or 0)
 
-    def observe(self, output: object) -> None:
-        """What a module returned: a feature map [B, H, W, C] or [B, C, H, W] tells how many patches there are by then."""
-        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == self.batch:
-            _, first, second, third = output.shape
-            for shape in ((first, second), (second, third)):  # channels last, channels first
-                if min(shape) > 1:
-                    self.shapes.pop(shape, None)
-                    self.shapes[shape] = None  # the newest is last
+    def __str__(self) -> str:
+        return f"{self.num_prefix_tokens or 0} tokens without a place + {' x '.join(map(str, self.grid or ()))}"
 
-    def of(self, running: list[nn.Module], batch: int, queries: int, keys: int) -> Place | str:
-        """(grid, prefix tokens, extent) of a layer that does not say so itself, or why that cannot be told."""
-        if batch != self.batch:
-            window = self._window(running) if batch % self.batch == 0 and queries == keys else None
-            if isinstance(window, tuple) and keys == math.prod(window):
-                return window, 0, "window"
-            if isinstance(window, str):
-                return window
-            return f"it attends within parts of an image: {batch} of {self.batch} images"
-        declared = self.num_prefix_tokens
-        if declared is None:
-            declared = getattr(self.model, "num_prefix_tokens", None)
-        if queries != keys and queries > max(1, declared or 0):
-            return f"its {queries} queries are neither its {keys} keys nor a token alone"
-        if self.grid is not None:
-            return tuple(self.grid), declared or 0, "grid"
-        whole = self._declared_grid()
-        if whole and keys == math.prod(whole) + (declared or 0):
-            return whole, declared or 0, "grid"
-        # Where tokens are merged or class tokens join late, feature maps tell: the newest that fits, with no prefix first.
-        fitting = [
-            (keys - h * w, (h, w))
-            for h, w in reversed(self.shapes)
-            if 0 <= keys - h * w <= min(self.tokens, MAX_PREFIX)
-        ]
-        allowed = [candidate for candidate in fitting if self.num_prefix_tokens in (None, candidate[0])]
-        if allowed:
-            prefix, grid = min(allowed, key=lambda candidate: candidate[0])
-            return grid, prefix, "grid"
-        window = self._window(running)
-        if isinstance(window, tuple) and queries == keys == math.prod(
-            window
-        ):  # one window, of an image that is padded to it
-            return window, 0, "window"
-        if whole:
-            return misfit(keys, whole, declared or 0)
-        return (
-            f"its {keys} keys are no grid of patches that can be told: give grid=(rows, columns) and num_prefix_tokens"
-        )
 
-    def _declared_grid(self) -> tuple[int, int] | None:
-        embed: Any = getattr(self.model, "patch_embed", None)
-        patch, size = getattr(embed, "patch_size", None), tuple(self.inputs.shape[-2:])
-        if self.inputs.ndim != 4:
-            return None
-        if hasattr(embed, "dynamic_feat_size"):  # timm's: knows of padding and of a CNN in front
-            return tuple(embed.dynamic_feat_size(size))
-        if patch is None:
-            return None
-        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-        return tuple(side // p for side, p in zip(size, patch, strict=True))
+def declared_by(model: nn.Module, image: Tensor | None) -> Declared:
+    """What a model says of itself, as timm's do: patch_embed and num_prefix_tokens."""
+    prefix = getattr(model, "num_prefix_tokens", None)
+    prefix = prefix if isinstance(prefix, int) else None
+    embed: Any = getattr(model, "patch_embed", None)
+    if image is None or image.ndim != 4 or embed is None:
+        return Declared(None, prefix)
+    size = tuple(image.shape[-2:])
+    if hasattr(embed, "dynamic_feat_size"):  # timm's: knows of padding and of a CNN in front
+        return Declared(tuple(embed.dynamic_feat_size(size)), prefix)
+    patch = getattr(embed, "patch_size", None)
+    if isinstance(patch, int):
+        patch = (patch, patch)
+    if not isinstance(patch, (tuple, list)) or len(patch) != 2:
+        return Declared(None, prefix)
+    return Declared(tuple(side // p for side, p in zip(size, patch, strict=True)), prefix)
 
-    def _window(self, running: list[nn.Module]) -> tuple[int, int] | str | None:
-        """The window of the layer that is running, by the names that Swin, Twins and MaxViT have for it, or why it is none."""
-        for module in reversed(running[-3:]):
-            if getattr(module, "partition_block", True) is False:  # MaxViT's grid attention
-                return "it attends among every so many patches, which are no neighbours"
-            for name in ("window_size", "ws", "partition_size"):
-                size = getattr(module, name, None)
-                if isinstance(size, int) and size > 0:
-                    return size, size
-                if isinstance(size, (tuple, list)) and len(size) == 2:
-                    return tuple(size)
+
+def place_unseen(shape: tuple[int, int, int, int], images: int, said: Declared, how: str, why: str) -> Placed | str:
+    """A layer whose tokens could not be observed: where they are by what is said, or the reason to skip it."""
+    batch, heads, queries, keys = shape
+    if said.grid is None:
+        return f"{why}: give grid=(rows, columns) or (N,), and num_prefix_tokens"
+    if not said.says(keys):
+        return f"its {keys} keys are not {said.num_prefix_tokens or 0} prefix tokens + {' x '.join(map(str, said.grid))} patches"
+    if batch != images and (batch * heads) % images:
+        return f"it attends within parts of an image: {batch} of {images} images"
+    if batch != images and heads != 1:
+        return f"it attends within parts of an image: {batch} of {images} images"
+    if queries != keys and queries > max(1, said.num_prefix_tokens or 0):
+        return f"its {queries} queries are neither its {keys} keys nor a token alone"
+    geometry = Geometry.of_grid(said.grid, said.num_prefix_tokens or 0, queries)
+    return Placed(geometry, how, 1, batch * heads // images, False)
+
+
+def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[int, ...]) -> Placed | str:
+    """Where the tokens of a layer are by what they answered in several passes, or the reason to skip it.
+
+    sides: of the input, in pixels, along the axes that noise grew along.
+    """
+    seen = passes[0]
+    query, key = sum_of([p.query for p in passes]), sum_of([p.key for p in passes])
+    keys = seen.shape[3]
+    if not key.answered.any():
+        if given.says(keys):
+            return place_unseen(seen.shape, seen.images, given, "given", "")
+        return NO_IMAGE_TOKENS
+    if len(sides) > 2 and (given.grid is None or len(given.grid) != 3):
+        return "its input has frames or tiles: give grid=(frames, rows, columns)"
+    if given.grid is not None and not given.says(keys):
+        return f"its {keys} keys are not {given}"
+    reason = IRREGULAR
+    for skipped in dict.fromkeys((0, given.num_prefix_tokens or declared.num_prefix_tokens or 0)):
+        for windows, heads, heads_first in sortings(seen):
+            pooled = key.pooled(windows, heads, heads_first)
+            answered = pooled.answered
+            answered[:, :skipped] = False
+            copies = seen.copies.unflatten(0, (heads, windows))[0] if heads_first else seen.copies[::heads]
+            found = _cells(pooled.places, answered, copies, (given, declared) if len(sides) == 2 else ())
+            if found is None or not _all_heads_agree(seen.key, key, found, answered, windows, heads, heads_first):
+                continue
+            if not all(_all_heads_agree(p.key, p.key, found, answered, windows, heads, heads_first, 1.0) for p in passes):
+                reason = MOVES
+                continue
+            queries = query.pooled(windows, heads, heads_first)
+            geometry = _geometry(found, answered, queries, skipped if seen.shape[2] == keys else 0, sides)
+            if isinstance(geometry, str):
+                return geometry
+            problem = _contradiction(given, "given", geometry) or _contradiction(declared, "declared", geometry)
+            if problem:
+                return problem
+            if math.prod(geometry.grid) == 1:
+                return "its grid is one patch: there are no distances"
+            known = "given" if given.grid is not None else "observed"
+            return Placed(geometry, known, windows, heads, heads_first)
+    return MOVES if len(passes) > 1 and _moved(passes) else reason
+
+
+def sum_of(responses: list[Response]) -> Response:
+    return sum(responses[1:], responses[0])
+
+
+def sortings(seen: Seen) -> list[tuple[int, int, bool]]:
+    """Ways in which the maps of an image may be windows and heads: (windows, heads, heads first), the likely ones first."""
+    total = len(seen.key.strength)
+    heads = [seen.shape[1]] if seen.shape[1] > 1 and total % seen.shape[1] == 0 else []
+    heads += [n for n in range(total, 0, -1) if total % n == 0]
+    found = [(total // n, n, first) for n in heads for first in ((False,) if n in (1, total) else (False, True))]
+    return list(dict.fromkeys(found))
+
+
+def _cells(
+    places: Tensor, answered: Tensor, copies: Tensor, said: tuple[Declared, ...]
+) -> tuple[Lattice, np.ndarray] | None:
+    """The lattice that the answering keys [W, K] are at, and the cell [W, K, axes] of each, -1 for the others; or None."""
+    points = places[answered].numpy()
+    fitted = lattice.fit(points)
+    for one in said if fitted is None else ():  # tokens that were dropped leave places empty: the grid must be known
+        if one.grid is not None and len(one.grid) == points.shape[1] and len(points) <= math.prod(one.grid):
+            whole = lattice.of_grid(one.grid)
+            fitted = whole if whole.cells(points) is not None else fitted
+    found = None if fitted is None else fitted.cells(points)
+    if fitted is None or found is None:
         return None
+    cells = np.full((*answered.shape, points.shape[1]), -1)
+    cells[answered.numpy()] = found
+    for window, there, same in zip(cells, answered.numpy(), copies.numpy(), strict=True):
+        originals = there & (same == np.arange(len(there)))
+        if len(np.unique(window[originals], axis=0)) < originals.sum():
+            return None  # two tokens at one place: one of them is of the whole image, or of a part that another has
+    return fitted, cells
 
 
-def misfit(keys: int, grid: tuple[int, ...], prefix: int) -> str:
-    """The reason to skip a layer whose keys are not these prefix tokens and patches."""
-    return f"its {keys} keys are not {prefix} prefix tokens + {' x '.join(map(str, grid))} patches"
+def _all_heads_agree(
+    single: Response, whole: Response, found: tuple[Lattice, np.ndarray], answered: Tensor, windows: int, heads: int,
+    heads_first: bool, factor: float = 1.0,
+) -> bool:  # fmt: skip
+    """Whether each head by itself sees the tokens where all heads together do, to half a patch on average."""
+    fitted, cells = found
+    centres = np.stack([axis[cells[..., d]] for d, axis in enumerate(fitted.axes)], -1)  # [W, K, axes]
+    shape = (heads, windows) if heads_first else (windows, heads)
+    places = whole.places.unflatten(0, shape).numpy()
+    strong = whole.answered.unflatten(0, shape).numpy()
+    if heads_first:
+        places, strong = places.swapaxes(0, 1), strong.swapaxes(0, 1)  # [W, H, K, axes]
+    away = np.abs(places - centres[:, None]) / fitted.spacing
+    use = strong & answered.numpy()[:, None]
+    for window in range(windows):
+        for head in range(heads):
+            if use[window, head].any() and away[window, head][use[window, head]].mean() > 0.5 * factor:
+                return False
+    return True
 
 
-def is_token(name: str) -> bool:
-    """Whether a parameter holds class, register or distillation tokens, by the names of timm, HuggingFace and torchvision."""
-    name = name.rpartition(".")[-1].lower()
-    return any(word in name for word in ("token", "class_emb", "cls", "register"))
+def _moved(passes: list[Seen]) -> bool:
+    """Whether the tokens were at other places from one pass to the next, by far more than noise."""
+    first, second = (sum_of([p.key]).places.nan_to_num(0.0) for p in passes[:2])
+    both = passes[0].key.answered & passes[1].key.answered
+    return bool(both.any()) and (first - second).abs()[both].mean().item() > 0.1
+
+
+def _geometry(
+    found: tuple[Lattice, np.ndarray], answered: Tensor, queries: Response, skipped: int, sides: tuple[int, ...]
+) -> Geometry | str:
+    """Places of queries and keys in units of the finer of their lattices."""
+    keys, cells_k = found
+    answered_q = queries.answered
+    answered_q[:, :skipped] = False
+    points = queries.places[answered_q].numpy()
+    cells_q, asking = keys.cells(points), keys
+    if cells_q is None:
+        fitted = lattice.fit(points)
+        cells_q = None if fitted is None else fitted.cells(points)
+        if fitted is None or cells_q is None:
+            return "its queries are at no regular places of the image"
+        asking = fitted
+    fine, coarse = (keys, asking) if math.prod(keys.shape) > math.prod(asking.shape) else (asking, keys)
+    at = {id(fine): lambda cells: cells.astype(float)}
+    if fine is not coarse:
+        steps = lattice.beside(fine, coarse)
+        if steps is None:
+            return "its keys and its queries are at places that do not fit together"
+        at[id(coarse)] = lambda cells: steps[:, 0] + steps[:, 1] * cells
+    q = np.full((*answered_q.shape, points.shape[1]), math.nan)
+    q[answered_q.numpy()] = at[id(asking)](cells_q)
+    k = np.full(cells_k.shape, math.nan)
+    k[answered.numpy()] = at[id(keys)](cells_k[answered.numpy()])
+    axes = _axes(fine, points.shape[1])
+    grid = tuple(fine.shape[d] for d in axes)
+    if len(cells_k) > 1:
+        grid = tuple(max(len(np.unique(window[there][:, d])) for window, there in zip(cells_k, answered.numpy(), strict=True)
+                         if there.any()) for d in axes)  # fmt: skip
+    pixels = tuple(_pixels(fine.axes[d], sides[d]) for d in axes[-2:])
+    known = all(p == p for p in pixels) and len(axes) > 1
+    return Geometry(torch.from_numpy(q)[..., axes], torch.from_numpy(k)[..., axes], grid, pixels if known else None,
+                    tuple(sides[-2:]) if known else None)  # fmt: skip
+
+
+def _axes(fine: Lattice, count: int) -> list[int]:
+    """The axes that places are along: rows and columns, and in a video of [frames, channels] or [channels, frames] the frames."""
+    if count == 2:
+        return [0, 1]
+    return [max(range(count - 2), key=lambda d: fine.shape[d]), count - 2, count - 1]
+
+
+def _pixels(axis: np.ndarray, side: int) -> float:
+    """Pixels between neighbouring places: the whole number, or the part of the side, that is within 3 percent of what is seen."""
+    if len(axis) == 1:
+        return float(side)
+    observed = (axis[-1] - axis[0]) / (len(axis) - 1) * side
+    best = min((side / len(axis), float(round(observed))), key=lambda pixels: abs(pixels - observed))
+    return best if abs(best - observed) < 0.03 * observed else math.nan
+
+
+def _contradiction(said: Declared, who: str, geometry: Geometry) -> str:
+    """Both sides, where what is said of a layer's tokens is not what was observed."""
+    keys, unplaced = geometry.keys.shape[1], geometry.unplaced_keys
+    if geometry.windows > 1 or not (said.says(keys) or (who == "given" and said.num_prefix_tokens is not None)):
+        return ""
+    if said.grid in (None, geometry.grid) and (said.num_prefix_tokens or 0) == unplaced:
+        return ""
+    if who == "declared" and not geometry.placed_queries.any():
+        return ""
+    return (
+        f"{said} is {who}, but {unplaced} tokens without a place + {' x '.join(map(str, geometry.grid))} patches are observed: "
+        "give the grid and num_prefix_tokens that are right, or none"
+    )

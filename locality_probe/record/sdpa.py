@@ -1,4 +1,4 @@
-"""Attention that runs fused: the map that `F.scaled_dot_product_attention` applies, from what the model gives it."""
+"""Attention that runs fused in scaled_dot_product_attention: the map that its kernels apply, from what they are given."""
 
 from __future__ import annotations
 
@@ -9,24 +9,74 @@ from torch import Tensor
 
 from locality_probe.record import maps
 from locality_probe.record.maps import Maps, Visitor, rows_of_block, slices, wide
+from locality_probe.record.sighting import Sighting, Sorting
+
+aten = torch.ops.aten
+# The arguments of each kernel after query, key and value, as far as they matter here. Where none of these runs,
+# scaled_dot_product_attention is a softmax between two products, and is seen as such.
+KERNELS = {
+    "_scaled_dot_product_flash_attention_for_cpu": ("dropout_p", "is_causal"),
+    "_scaled_dot_product_flash_attention": ("dropout_p", "is_causal"),
+    "_scaled_dot_product_efficient_attention": ("attn_bias", "compute_log_sumexp", "dropout_p", "is_causal"),
+    "_scaled_dot_product_cudnn_attention": ("attn_bias", "compute_log_sumexp", "dropout_p", "is_causal"),
+    "_scaled_dot_product_fused_attention_overrideable": ("attn_bias", "dropout_p", "is_causal"),
+    "_scaled_dot_product_attention_math_for_mps": ("attn_mask", "dropout_p", "is_causal"),
+}
+OPERATORS = {
+    getattr(aten, name).default: names for name, names in KERNELS.items() if hasattr(aten, name)
+}
+
+
+def sees(func, args: tuple, kwargs: dict) -> Sighting | None:
+    """The attention of one of the KERNELS; its query is [B, H, Q, d], its key and value [B, H or fewer, K, d]."""
+    names = OPERATORS.get(func)
+    if names is None:
+        return None
+    query, key, value, *rest = args
+    given = dict(zip(names, rest, strict=False)) | kwargs
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    whole = (*query.shape[:-1], key.shape[-2])
+    kernel = query, key, value, mask, bool(given.get("is_causal")), given.get("scale"), float(given.get("dropout_p") or 0)
+
+    def sorted_scores(sorting: Sorting) -> Scores:
+        as_it_is = whole[:2] == (sorting.images * sorting.windows, sorting.heads)
+        q, k, v, m = (x if x is None or as_it_is else sorting(_full(x, whole)) for x in kernel[:4])
+        return Scores(q, k, v, m, *kernel[4:], replaces=as_it_is)
+
+    def output(out: Tensor) -> object:
+        """As the kernel lays it out: the output, log-sum-exp (which only its backward pass reads) and what else it returns."""
+        kept = func.__name__.startswith("_scaled_dot_product_flash_attention_for_cpu")
+        extra = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        return (out, extra) if kept else (out, *(None,) * (len(func._schema.returns) - 1))
+
+    scores = Scores(*kernel)
+    return Sighting("sdpa", whole, _full(query, whole), (_full(key, whole), _full(value, whole)), _full(value, whole),
+                    sorted_scores, output, causal=lambda: is_causal_map(scores))  # fmt: skip
+
+
+def _full(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B or 1, H or fewer, n, d] -> [B, H, n, d]; a mask [.., Q, K] likewise"""
+    x = x[(None,) * (4 - x.ndim)]
+    if x.shape[1] not in (1, shape[1]):  # grouped queries
+        x = x.repeat_interleave(shape[1] // x.shape[1], dim=1)
+    return x.expand(*shape[:2], *(shape[2:] if x.shape[2:] == (1, 1) else x.shape[2:]))
 
 
 class Scores(Maps):
-    """The attention that F.scaled_dot_product_attention(query, key, value, ...) applies; scores are float32 at least."""
+    """The attention softmax(scale * query key' + mask) of [B', H, Q, d]; scores are float32 at least."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, *, scale: float | None = None, **_: object,
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False,
+        scale: float | None = None, dropout_p: float = 0.0, replaces: bool = False,
     ):  # fmt: skip
         self.query, self.key, self.value = query, key, value
-        self.mask, self.causal = attn_mask, is_causal
+        self.mask, self.causal = mask, causal
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.shape = (*query.shape[:-1], key.shape[-2])
         # Where attention is worked out anyway, in the model's own precision, the kernel need not run too.
         as_exact = query.dtype in (torch.float32, torch.float64) and query.device.type == "cpu" and dropout_p == 0
-        self.replaces = as_exact and len(query) == len(value) and query.ndim == 4 and not torch.is_grad_enabled()
+        self.replaces = replaces and as_exact and len(query) == len(value) and not torch.is_grad_enabled()
         self.out: Tensor | None = None  # what the kernel would return, once `visit` has worked it out
-
     def part(self, images: slice) -> Tensor:
         return fused_map(self.query, self.key, self.mask, self.causal, self.scale, images)
 

@@ -1,0 +1,213 @@
+"""Runs the experiment of experiment.py on a model's own inputs, and keeps where the tokens of each layer are."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from locality_probe.record.experiment import Experiment, Seen, changed
+from locality_probe.record.links import Inputs, Links
+from locality_probe.record.places import IRREGULAR, Declared, Placed, declared_by, place, place_unseen, sum_of
+from locality_probe.record.sighting import Sighting
+
+PASSES = 25  # at most, for layers whose tokens are not clear after two: few channels need many draws
+CLEAR = 0.02  # of the usual spacing: what is seen this sharply and is still not regular will not become so
+NAMES = ("pixel_values", "images", "image", "pixel_values_videos", "video")  # of inputs that are images before any other
+
+Grids = dict[str, tuple[int, ...]]  # prefix of a module's name -> grid
+
+
+class Observer:
+    """Where the tokens of each layer are, for inputs like these: `places[name]`, or the reason why that is not known."""
+
+    def __init__(self, model: nn.Module, grid: tuple[int, ...] | Grids | None, num_prefix_tokens: int | None):
+        self.model, self.grid, self.num_prefix_tokens = model, grid, num_prefix_tokens
+        self.places: dict[str, Placed | str] = {}
+        self.why = ""  # why no experiment could be made
+        self.key: object = None
+
+    def given(self, name: str) -> Declared:
+        """What was given by hand for a layer: for all, or for the tower whose name its own begins with."""
+        if not isinstance(self.grid, dict):
+            return Declared(self.grid and tuple(self.grid), self.num_prefix_tokens)
+        towers = [tower for tower in self.grid if name == tower or name.startswith(tower + ".")]
+        grid = tuple(self.grid[max(towers, key=len)]) if towers else None
+        return Declared(grid, self.num_prefix_tokens if towers else None)
+
+    def observe(self, inputs: tuple, named: dict, watch: Callable[[nn.Module, Experiment], Any]) -> None:
+        """Make the experiment, unless it was made for inputs of this size: watch(model, experiment) is a watch on the model."""
+        image = image_of(inputs, named)
+        companions = [x for x in tensors_of(inputs, named) if image is not None and x is not image and x.ndim and len(x) == len(image)]
+        key = None if image is None else (image.shape[1:], image.dtype, len(image) if companions else None)
+        if key == self.key and key is not None and not companions:
+            return
+        self.key, self.image, self.places, self.why = key, image, {}, ""
+        if image is None:
+            self.why = "there is no image among its inputs"
+        elif not image.is_floating_point():
+            self.why = "its image is of whole numbers, which cannot be changed a little"
+        else:
+            self._experiment(image, inputs, named, watch, bool(companions))
+
+    def _experiment(self, image: Tensor, inputs: tuple, named: dict, watch: Callable, companions: bool) -> None:
+        call = _Call(image, inputs, named, watch, list(range(len(image))) if companions else sorted({0, len(image) - 1}))
+        try:
+            with untouched(self.model) as model:
+                try:
+                    self._passes(model, call, 0)
+                except Exception:  # noqa: BLE001, for the model is the user's: it may take no other number of images
+                    self._passes(model, call, len(image))
+        except Exception as error:  # noqa: BLE001, whatever stops the model, the experiment cannot be made
+            text = str(error).strip().splitlines()
+            said = f" ({text[0][:120]})" if text else ""
+            self.why = f"the experiment that finds its tokens stops in {type(error).__name__}{said}"
+
+    def _passes(self, model: nn.Module, call: _Call, at_once: int) -> None:
+        """Pass after pass, until it is clear where the tokens of each layer are, or will not become so."""
+        first = call.run(model, Experiment(call.axes, at_once), 0)
+        silent = [name for name, seen in first.items() if isinstance(seen, Seen) and seen.silent]
+        linked = self._links(model, call, silent) if silent and not at_once else {}
+        passes: list[dict[str, Seen | str]] = [] if linked else [first]
+        while True:
+            while len(passes) < max(2, len(call.rows)) or len(passes) % len(call.rows):
+                experiment = Inputs(call.axes, at_once, linked=linked) if linked else Experiment(call.axes, at_once)
+                passes.append(call.run(model, experiment, len(passes), {module for module, *_ in linked.values()}))
+            self._place(passes, call)
+            blurred = [name for name, placed in self.places.items() if placed == IRREGULAR and blur(passes, name) > CLEAR]
+            if len(passes) >= PASSES or not blurred:
+                return
+            passes.append(call.run(model, Experiment(call.axes, at_once), len(passes))) if not linked else passes.append(
+                call.run(model, Inputs(call.axes, at_once, linked=linked), len(passes), {m for m, *_ in linked.values()})
+            )
+
+    def _links(self, model: nn.Module, call: _Call, silent: list[str]) -> dict:
+        """By layer: its module, and which of the module's input tokens its queries and its keys are of."""
+        modules = {name or type(module).__name__: module for name, module in model.named_modules()}
+        wanted = {modules[name.partition("#")[0]] for name in silent}
+        links = Links()
+        seen = call.run(model, links, 0, wanted)
+        found = {}
+        for name in silent:
+            module, its = modules[name.partition("#")[0]], seen.get(name)
+            if isinstance(its, Seen):
+                found[name] = (module, links.tokens_of(its.query, module), links.tokens_of(its.key, module))
+        return found
+
+    def _place(self, passes: list[dict[str, Seen | str]], call: _Call) -> None:
+        declared = declared_by(self.model, call.image)
+        lengths = tuple(call.image.shape[1 + axis] for axis in axes_of(call.image))
+        for name, first in passes[0].items():
+            seen = [found[name] for found in passes if isinstance(found.get(name), Seen)]
+            self.places[name] = first if isinstance(first, str) else place(seen, self.given(name), declared, lengths)
+
+    def of(self, name: str, sighting: Sighting, images: int) -> Placed | str:
+        """Where the tokens of a layer are."""
+        if name in self.places:
+            return self.places[name]
+        why = self.why or "it did not attend when places were observed"
+        given = self.given(name)
+        said, how = (given, "given") if given.grid else (declared_by(self.model, self.image), "declared")
+        said = Declared(said.grid, said.num_prefix_tokens if given.num_prefix_tokens is None else given.num_prefix_tokens)
+        return place_unseen(sighting.shape, images, said, how, why)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the user gave to the model, and how the experiment calls it instead. rows: the images that it is made with."""
+
+    image: Tensor
+    inputs: tuple
+    named: dict
+    watch: Callable[[nn.Module, Experiment], Any]
+    rows: list[int]
+
+    @property
+    def axes(self) -> int:
+        return len(axes_of(self.image))
+
+    def run(self, model: nn.Module, experiment: Experiment, number: int, entered: Iterable[nn.Module] = ()) -> dict[str, Seen | str]:
+        """One pass over an image and its changed copies; `entered`: modules whose inputs the experiment is shown."""
+        row = self.rows[number % len(self.rows)]
+        image = self.image[row]
+        if isinstance(experiment, Links):
+            images = image[None].expand(experiment.batch, *image.shape)
+        else:
+            images = changed(image, axes_of(self.image), torch.Generator().manual_seed(number))
+        handles = [
+            module.register_forward_pre_hook(lambda m, args, kwargs: experiment.enter(m, args, kwargs), with_kwargs=True)
+            for module in entered
+        ]
+        try:
+            for some in images.split(experiment.at_once):
+                torch.manual_seed(number)
+                short = experiment.at_once - len(some)
+                args, kwargs = self._instead(model, torch.cat([some, some[-1:].expand(short, *image.shape)]), row)
+                with self.watch(model, experiment).watching(), torch.autocast(image.device.type, enabled=False):
+                    model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return experiment.finish() if isinstance(experiment, Inputs) else experiment.seen
+
+    def _instead(self, model: nn.Module, images: Tensor, row: int) -> tuple[tuple, dict]:
+        """The inputs with these images; what else goes with image `row` is repeated."""
+
+        def instead(x: object) -> object:
+            if isinstance(x, Tensor) and x is not self.image and x.ndim and len(x) == len(self.image):
+                x = x[row : row + 1].expand(len(images), *x.shape[1:])
+            x = images if x is self.image else x
+            half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+            return x.float() if isinstance(x, Tensor) and half else x
+
+        return pytree.tree_map(instead, (self.inputs, self.named))
+
+
+def tensors_of(inputs: tuple, named: dict) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves((inputs, named)) if isinstance(x, Tensor)]
+
+
+def image_of(inputs: tuple, named: dict) -> Tensor | None:
+    """The image or video among the inputs: by the usual names, else the first float tensor [B, C, H, W] or [B, ., ., H, W]."""
+    candidates = [named[name] for name in NAMES if name in named] + tensors_of(inputs, named)
+    for x in candidates:
+        if isinstance(x, Tensor) and x.ndim in (4, 5) and (x.is_floating_point() or x.dtype == torch.uint8):
+            return x
+    return None
+
+
+def axes_of(image: Tensor) -> tuple[int, ...]:
+    """Along which dimensions of one input, without the batch, tokens may lie: rows and columns, of a video all four."""
+    return (1, 2) if image.ndim == 4 else (0, 1, 2, 3)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, or where it computes in half precision a copy in float32; buffers and random numbers come back as they were."""
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    used = copy.deepcopy(model).float() if half else model
+    before = {} if half else {name: b.clone() for name, b in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield used
+        finally:
+            for name, b in {} if half else dict(model.named_buffers()).items():
+                if name in before and b.shape == before[name].shape and not torch.equal(b, before[name]):
+                    b.copy_(before[name])
+
+
+def blur(passes: list[dict[str, Seen | str]], name: str) -> float:
+    """The usual error of where a layer's keys are seen, in spacings of as many keys in a square: half of the passes against
+    the other half."""
+    seen = [found[name] for found in passes if isinstance(found.get(name), Seen)]
+    halves = [sum_of([s.key for s in seen[start::2]]) for start in (0, 1)]
+    both = halves[0].answered & halves[1].answered
+    away = (halves[0].places - halves[1].places).abs()[both] / 2
+    return away.median().item() * both.shape[-1] ** 0.5 if len(away) else 0.0

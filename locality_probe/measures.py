@@ -57,7 +57,7 @@ class Sums:
         self.powers = ("square",) * ("rms_distance" in wanted) + ("time", "space") * (
             axes == 3 and bool({"d_time", "d_space"} & set(wanted))
         )
-        names = ["mass", "distance", *self.powers, "entropy", "self", "prefix", "sink", "sink_distance"]
+        names = ["mass", "distance", *self.powers, "entropy", "self", "prefix", "sink", "left", "left_distance"]
         self.at = {name: n for n, name in enumerate(names)}
         self.place = len(names)
         self.rows = like.new_zeros(*shape, geometry.queries.shape[1], self.place + axes)
@@ -129,17 +129,21 @@ class Sums:
                 self._add_sinks(window, attention, rows, received, first)
 
     def _add_sinks(self, window: int, attention: Tensor, rows: Tensor, received: Tensor, first: int) -> None:
-        b, h, q, _ = attention.shape
+        b, h, q, keys = attention.shape
         placed = self.geometry.placed_keys[window].to(attention.device)
         count = -(-int(placed.sum()) // 100)
         if count == 0:
             return
         sinks = received.masked_fill(~placed, -1.0).topk(count, dim=-1).indices  # [b, h, count]
-        got = attention.gather(-1, sinks[:, :, None].expand(b, h, q, count))
-        weights = _weights(self.geometry, window, first, first + q, (), attention.dtype, attention.device)
-        far = weights[:, 1].gather(1, sinks.flatten()[None].expand(q, -1)).view(q, b, h, count).permute(1, 2, 0, 3)
+        sinks = sinks[:, :, None].expand(b, h, q, count)
+        got = attention.gather(-1, sinks)
         rows[..., self.at["sink"]] = got.sum(-1)
-        rows[..., self.at["sink_distance"]] = (got * far).sum(-1)
+        # Summed without them, not subtracted: little may be left. The block is as it was afterwards.
+        attention.scatter_(-1, sinks, 0.0)
+        weights = _weights(self.geometry, window, first, first + q, (), attention.dtype, attention.device)
+        left = torch.bmm(weights, attention.view(b * h, q, keys).permute(1, 2, 0))
+        rows[..., self.at["left"] : self.at["left"] + 2] = left.permute(2, 0, 1).view(b, h, q, 2)
+        attention.scatter_(-1, sinks, got)
 
     def _a_log_a(self, patches: Tensor) -> Tensor:
         """sum_j A_ij log A_ij: [b, h, q, N] -> [b, h, q]"""
@@ -168,10 +172,9 @@ class Sums:
             return per_query.masked_fill(empty, 0.0).sum(-1) / count
 
         def sinkless() -> Tensor:
-            left = mass - rows[..., at["sink"]]
-            gone = left <= 1e-6 * share
-            far = (rows[..., at["distance"]] - rows[..., at["sink_distance"]]).clamp_min(0)
-            return (far / left.masked_fill(gone, 1.0)).masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1)
+            left = rows[..., at["left"]]
+            gone = left == 0
+            return (rows[..., at["left_distance"]] / left.masked_fill(gone, 1.0)).sum(-1) / (~gone).sum(-1)
 
         nothing = torch.full(mass.shape[:2], math.nan, dtype=torch.float64)
         measures = {

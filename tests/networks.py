@@ -88,7 +88,7 @@ class Mixer(nn.Module):
 
     def forward(self, x):
         q = x.unflatten(-1, (2, 4)).transpose(1, 2)
-        k, v = q.flip(2) * 2, q.roll(1, 2)
+        k, v = 2 * q.roll(1, -1), q.flip(-1)
         out = self.attend(q, k, v)
         return out.transpose(1, 2).flatten(2)
 

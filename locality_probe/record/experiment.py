@@ -7,6 +7,7 @@ of the image, and where: with d0 and dx the changes, x = <dx, d0> / <d0, d0> - 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +54,10 @@ class Response:
         return (self.strength > SILENT**2 * self.size) & (self.strength > WEAK**2 * self.strength.max())
 
 
+def sum_of(responses: Sequence[Response]) -> Response:
+    return sum(responses[1:], responses[0])
+
+
 @dataclass
 class Seen:
     """One attention in the experiment: its shape with so many images, and what its queries and keys answered."""
@@ -62,6 +67,7 @@ class Seen:
     query: Response
     key: Response
     copies: Tensor  # [G, K]: which key each key is an exact copy of, itself if of none before it
+    parts: tuple[Response, ...] = ()  # of the keys: what key and value vectors answered by themselves
 
     @property
     def silent(self) -> bool:
@@ -101,9 +107,10 @@ class Experiment:
         tokens = tuple(x.flatten(0, 1).unflatten(0, (self.at_once, -1)) for x in (sighting.query, *sighting.keys))
         whole = self.whole(name, tokens)
         if whole is not None:
-            query, key = self.response(whole[:1]), self.response(whole[1:])
+            query, *parts = (self.response((x,)) for x in whole)
+            key = sum_of(parts)
             shape = (sighting.shape[0] // self.at_once * self.batch, *sighting.shape[1:])
-            self.seen[name] = Seen(shape, self.batch, query, key, copies_of(torch.cat([x[0] for x in whole[1:]], -1)))
+            self.seen[name] = Seen(shape, self.batch, query, key, copies_of(torch.cat([x[0] for x in whole[1:]], -1)), tuple(parts))
             return sighting.output(self.own_values(sighting.values, query, key))
         return sighting.output(self.own_values(sighting.values, None, None, sighting.shape[2]))
 

@@ -97,6 +97,7 @@ class Inputs(Experiment):
             if isinstance(seen, Seen) and query is not None and key is not None and module in self.answers:
                 seen.query = self._answer(seen.query, query, self.answers[module])
                 seen.key = self._answer(seen.key, key, self.answers[module])
+                seen.parts = ()
         return self.seen
 
     @staticmethod

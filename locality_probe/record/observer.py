@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from locality_probe.record.experiment import Experiment, Seen, changed
+from locality_probe.record.experiment import Experiment, Seen, changed, sum_of
 from locality_probe.record.links import Inputs, Links
-from locality_probe.record.places import IRREGULAR, Declared, Placed, declared_by, place, place_unseen, sum_of
+from locality_probe.record.places import IRREGULAR, QUERIES, Declared, Placed, declared_by, place, place_unseen
 from locality_probe.record.sighting import Sighting
 
 PASSES = 25  # at most, for layers whose tokens are not clear after two: few channels need many draws
@@ -80,7 +80,7 @@ class Observer:
                 experiment = Inputs(call.axes, at_once, linked=linked) if linked else Experiment(call.axes, at_once)
                 passes.append(call.run(model, experiment, len(passes), {module for module, *_ in linked.values()}))
             self._place(passes, call)
-            blurred = [name for name, placed in self.places.items() if placed == IRREGULAR and blur(passes, name) > CLEAR]
+            blurred = [name for name, placed in self.places.items() if placed in (IRREGULAR, QUERIES) and blur(passes, name) > CLEAR]
             if len(passes) >= PASSES or not blurred:
                 return
             passes.append(call.run(model, Experiment(call.axes, at_once), len(passes))) if not linked else passes.append(
@@ -204,10 +204,12 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def blur(passes: list[dict[str, Seen | str]], name: str) -> float:
-    """The usual error of where a layer's keys are seen, in spacings of as many keys in a square: half of the passes against
-    the other half."""
+    """The usual error of where a layer's tokens are seen, in spacings of as many in a square: half of the passes against the
+    other half."""
     seen = [found[name] for found in passes if isinstance(found.get(name), Seen)]
-    halves = [sum_of([s.key for s in seen[start::2]]) for start in (0, 1)]
-    both = halves[0].answered & halves[1].answered
-    away = (halves[0].places - halves[1].places).abs()[both] / 2
-    return away.median().item() * both.shape[-1] ** 0.5 if len(away) else 0.0
+    halves = [[sum_of([getattr(s, side) for s in seen[start::2]]) for start in (0, 1)] for side in ("key", "query")]
+    errors = [0.0]
+    for one, other in halves:
+        away = (one.places - other.places).abs()[one.answered & other.answered] / 2
+        errors.append(away.median().item() * one.strength.shape[-1] ** 0.5 if len(away) else 0.0)
+    return max(errors)

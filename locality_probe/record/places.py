@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from locality_probe.geometry import Geometry
 from locality_probe.record import lattice
-from locality_probe.record.experiment import Response, Seen
+from locality_probe.record.experiment import Response, Seen, sum_of
 from locality_probe.record.lattice import Lattice
 from locality_probe.record.sighting import Sorting
 
 IRREGULAR = "its tokens are at no regular places of the image"
+QUERIES = "its queries are at no regular places of the image"
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
 NO_IMAGE_TOKENS = (
     "none of its keys is a place of the image: give grid=(N,) for a sequence, or grid={'its module': (N,)} for one tower"
@@ -101,8 +102,10 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
     query, key = sum_of([p.query for p in passes]), sum_of([p.key for p in passes])
     keys = seen.shape[3]
     if not key.answered.any():
-        if given.says(keys):
-            return place_unseen(seen.shape, seen.images, given, "given", "")
+        said, how = (given, "given") if given.grid is not None else (declared, "declared")
+        # Constant keys get equal attention wherever they are; of a text, a grid must be given.
+        if said.says(keys) and (how == "given" or not seen.copies.any()):
+            return place_unseen(seen.shape, seen.images, said, how, "")
         return NO_IMAGE_TOKENS
     if len(sides) > 2 and (given.grid is None or len(given.grid) != 3):
         return "its input has frames or tiles: give grid=(frames, rows, columns)"
@@ -121,6 +124,10 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
             if not all(_all_heads_agree(p.key, p.key, found, answered, windows, heads, heads_first, 1.0) for p in passes):
                 reason = MOVES
                 continue
+            for part in zip(*(p.parts for p in passes), strict=True):
+                alone = sum_of(part)
+                if alone.answered.any() and not _all_heads_agree(alone, alone, found, answered, windows, heads, heads_first):
+                    return "its keys and its values are of different tokens"
             queries = query.pooled(windows, heads, heads_first)
             geometry = _geometry(found, answered, queries, skipped if seen.shape[2] == keys else 0, sides)
             if isinstance(geometry, str):
@@ -133,10 +140,6 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
             known = "given" if given.grid is not None else "observed"
             return Placed(geometry, known, windows, heads, heads_first)
     return MOVES if len(passes) > 1 and _moved(passes) else reason
-
-
-def sum_of(responses: list[Response]) -> Response:
-    return sum(responses[1:], responses[0])
 
 
 def sortings(seen: Seen) -> list[tuple[int, int, bool]]:
@@ -211,7 +214,7 @@ def _geometry(
         fitted = lattice.fit(points)
         cells_q = None if fitted is None else fitted.cells(points)
         if fitted is None or cells_q is None:
-            return "its queries are at no regular places of the image"
+            return QUERIES
         asking = fitted
     fine, coarse = (keys, asking) if math.prod(keys.shape) > math.prod(asking.shape) else (asking, keys)
     at = {id(fine): lambda cells: cells.astype(float)}

@@ -136,7 +136,6 @@ FUSED = {
     "scale and mask": lambda q, k, v: sdpa(q, k, v, BOOL, scale=0.1),
     "grouped queries": lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True),
     "one head of keys": lambda q, k, v: sdpa(q, k[:, 1:], v[:, 1:]),
-    "the keys of one image": lambda q, k, v: sdpa(q, k[:1], v[:1]),
     "through nn.functional": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v),
 }
 

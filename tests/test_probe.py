@@ -286,7 +286,7 @@ def test_masks_of_multihead_attention(masks):
 
 def test_keys_beyond_the_tokens_are_refused():
     found = probed(Multihead(add_bias_kv=True), torch.randn(3, 6, 8), grid=(6,))
-    assert found.layers[0].reason == "its 6 queries are neither its 7 keys nor a token alone"
+    assert found.layers[0].reason == "its 7 keys are not 0 prefix tokens + 6 patches"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

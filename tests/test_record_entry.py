@@ -141,7 +141,7 @@ def test_outputs_before_during_and_after_are_the_same(make):
         record(model, x, maps)
         handle.remove()
         outputs.append(model(x))
-    before, during, after = outputs
+    before, *_, during, after = outputs  # the passes of the experiment are seen by hooks, too
     assert torch.equal(during, before) and torch.equal(after, before)
 
 
@@ -172,7 +172,7 @@ def test_what_the_measure_computes_is_not_taken_for_the_models():
         assert status(recorded) == status(plain) and all(item.layer.status == "ok" for item in recorded)
 
 
-def test_compiled_models_are_measured_as_they_were_or_refused_by_name():
+def test_compiled_models_are_measured_as_they_were():
     model = vit()
     expected = record(model, images(), maps)
     calls = []
@@ -189,10 +189,10 @@ def test_compiled_models_are_measured_as_they_were_or_refused_by_name():
             assert item.layer == other.layer and torch.equal(item.values["map"], other.values["map"])
     assert not calls and in_place.blocks[0]._compiled_call_impl is before
     model.blocks[1] = torch.compile(model.blocks[1], backend=backend)
-    with pytest.raises(ValueError, match=r"blocks\.1 is torch.compile'd and hides its attention"):
-        record(model, images(), maps)
-    with pytest.raises(ValueError, match="is TorchScript and hides its attention"):
-        record(torch.jit.trace(vit(), images()), images(), maps)
+    names = [item.layer.name.replace("._orig_mod", "") for item in record(model, images(), maps)]
+    assert names == [item.layer.name for item in expected] and not calls
+    traced = torch.jit.trace(vit(), images())
+    assert [item.layer.status for item in record(traced, images(), maps)] == ["ok"] * 2
 
 
 def test_outputs_of_torchs_transformer_stay():
@@ -205,4 +205,4 @@ def test_outputs_of_torchs_transformer_stay():
         model.register_forward_hook(lambda _, inputs, output: outputs.append(output))
         record(model, images(2, 16, 16), maps)
     assert plain.std() > 0.1
-    torch.testing.assert_close(outputs[0], plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs[-1], plain, atol=1e-5, rtol=0)

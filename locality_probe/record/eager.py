@@ -26,7 +26,8 @@ NOISE = {aten.bernoulli_.float, aten.bernoulli_.Tensor, aten.bernoulli.default, 
 NOT_ONE = "its weights sum to {:.3g} where they meet the values, not to 1: it is no attention that D_loc is defined for"
 NEGATIVE = "its weights are negative in places, down to {:.2g}: they are no shares of attention (heads mixed, or subtracted)"
 KEYS_FIRST = "its keys meet the values before the queries (linear attention): there is no map of tokens on tokens"
-LOST = "what it does to its scores before they meet the values cannot be followed"
+LOST = "what is done to its scores before they meet the values cannot be followed: heads mixed, or keys put in another order"
+MIXERS = {aten.mm.default, aten.addmm.default, aten.convolution.default, aten.native_layer_norm.default, aten.native_batch_norm.default}
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Products:
             return Maps(lambda rows: wide(ordered[rows]), ordered.shape)
 
         return Sighting("eager", (len(weights), 1, *weights.shape[1:]), query[:, None], (values[:, None],), values[:, None],
-                        maps, output, reason), known.owner  # fmt: skip
+                        maps, output, reason, causal=lambda: _is_causal(weights)), known.owner  # fmt: skip
 
     def follow(self, func, args: tuple, result: object, owner: object) -> None:
         """Note what became of the products: a new one, or an old one in another shape."""
@@ -100,6 +101,9 @@ class Products:
         first = args[0] if args else None
         flat = [x for x in (first if isinstance(first, (list, tuple)) else args) if isinstance(x, Tensor)]
         known, source = next(((self.known[x], x) for x in flat if x in self.known), (None, None))
+        if known is not None and func in MIXERS and isinstance(out := result[0] if isinstance(result, tuple) else result, Tensor):
+            self.known[out] = Product(known.query, known.labels, known.owner, None, True)
+            return
         if known is None or not (func.is_view or func in COPIES or func in ELEMENTWISE or torch.Tag.pointwise in func.tags):
             return
         if func.is_view or func in COPIES:
@@ -137,6 +141,12 @@ def _alike(func, args: tuple, x: Tensor | None, keys_dim: int | None, count: int
         return list(moved) if isinstance(moved, (list, tuple)) else [moved]
     except (RuntimeError, TypeError):
         return [None] * count
+
+
+def _is_causal(weights: Tensor) -> bool:
+    """Whether no query of [n, Q, Q] attends to a later key, not even a little."""
+    some = weights[:: max(1, len(weights) // 8)]
+    return weights.shape[1] == weights.shape[2] > 1 and not bool(some.triu(1).any())
 
 
 def _joined(x: Tensor, args: tuple, keys_dim: int | None) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
@@ -185,7 +186,8 @@ def as_written(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, without compiled parts and shortcuts that hide its attention; afterwards all is as it was."""
     fast = torch.backends.mha.get_fastpath_enabled()
     uncompiled = getattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", None)
-    with evaluating(model), torch.compiler.set_stance("force_eager"):
+    with evaluating(model), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that compiled parts would not see
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             if uncompiled is not None:

@@ -1,8 +1,9 @@
 """The experiment that shows where tokens are: attention is taken out of the way, and the image is changed a little.
 
 While every attention gives each token its own value back, no token hears of another. The changes that noise in the image
-makes in the keys, and the changes that the same noise makes once it grows along an axis of the image, tell which tokens are
-of the image, and where: with d0 and dx the changes, x = <dx, d0> / <d0, d0> - 1 in parts of the image's side.
+makes in the keys, and the changes that the same noise makes once it grows along an axis of the image, from half to one and a
+half of its size, tell which tokens are of the image, and where: with d0 and dx the changes, x = <dx, d0> / <d0, d0> - 1/2 in
+parts of the image's side.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from locality_probe.record.sighting import Run, Sighting
 
 DRAWS = 4  # of noise in one pass
-SILENT = 1e-5  # of a token's size: rounding in float32 changes it by less
+SILENT = 3e-6  # of a token's size: rounding in float32 changes it by less
 WEAK = 1e-3  # of the strongest answer in the layer: what is weaker is rounding that an answer nearby made
-NOISE = 1e-2  # of the image's standard deviation: small, so that the network is linear in it
+NOISE = 2e-3  # of the image's standard deviation: small, so that the network is linear in it
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Response:
     @property
     def places(self) -> Tensor:
         """[G, N, axes] in parts of the image's sides, 0 to 1; NaN for tokens that do not answer at all."""
-        return (self.moment / self.strength - 1).movedim(0, -1)
+        return (self.moment / self.strength - 0.5).movedim(0, -1)
 
     @property
     def answered(self) -> Tensor:
@@ -104,6 +105,9 @@ class Experiment:
         if rows % self.at_once:
             self.seen[name] = f"its {sighting.shape[0]} x {sighting.shape[1]} maps are not of one image each"
             return run()
+        if sighting.reason:  # no attention to be measured, but it mixes tokens all the same
+            self.seen[name] = sighting.reason
+            return sighting.output(self.own_values(sighting.values, None, None, sighting.shape[2]))
         tokens = tuple(x.flatten(0, 1).unflatten(0, (self.at_once, -1)) for x in (sighting.query, *sighting.keys))
         whole = self.whole(name, tokens)
         if whole is not None:
@@ -166,7 +170,7 @@ def copies_of(keys: Tensor) -> Tensor:
 
 def changed(image: Tensor, axes: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """One input [C, ...] -> [batch, C, ...]: itself, and for each draw of noise itself with the noise, and with the noise
-    that grows along each of `axes` (dimensions of the input, without the batch) from once to twice its size."""
+    that grows along each of `axes` (dimensions of the input, without the batch)."""
     size = NOISE * (image.float().std().item() or 1.0)
     parts = [image]
     for _ in range(DRAWS):
@@ -176,5 +180,5 @@ def changed(image: Tensor, axes: tuple[int, ...], generator: torch.Generator) ->
             side = image.shape[axis]
             ramp = ((torch.arange(side, device=image.device) + 0.5) / side).to(image.dtype)
             shape = [side if n == axis else 1 for n in range(image.ndim)]
-            parts.append(image + noise * (1 + ramp.view(shape)))
+            parts.append(image + noise * (0.5 + ramp.view(shape)))
     return torch.stack(parts)

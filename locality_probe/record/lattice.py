@@ -9,6 +9,7 @@ import numpy as np
 
 CLOSE = 0.25  # of the spacing: farther from its place than this, a point is at none
 UNEVEN = 2.0  # the widest gap between neighbouring rows over the narrowest: borders of convolutions squeeze the outer ones
+HALVES = 0.12  # of a patch: farther from a whole number of halves than this, it is not clear where a coarse row is
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ def beside(fine: Lattice, coarse: Lattice) -> np.ndarray | None:
         whole = max(round(step), 1)
         if len(b) > 1 and abs(step - whole) > 0.1 * whole:
             return None
-        offsets = (b - a[0]) / unit - whole * np.arange(len(b))
-        first = np.median(offsets)
+        origin = np.median(a / unit - np.arange(len(a)))  # of most rows: zero padding pushes the outer ones inwards
+        first = np.median(b / unit - origin - whole * np.arange(len(b)))
         half = round(2 * first) / 2
-        if abs(first - half) > 0.2:
+        if abs(first - half) > HALVES:
             return None
         found.append((half, float(whole)))
     return np.array(found)

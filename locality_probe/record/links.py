@@ -48,7 +48,7 @@ class Links(Experiment):
         digits = _digits(x.shape[1], x.device)
         digits[0] += 2 * number  # a range of its own for each input
         noise = SMALL * (x.std().item() or 1.0) * torch.randn(DRAWS, *base.shape[1:], device=x.device, dtype=x.dtype)
-        grown = [noise * (1 + digit.to(x.dtype)[:, None]) for digit in digits]
+        grown = [noise * (0.5 + digit.to(x.dtype)[:, None]) for digit in digits]
         changed = torch.stack([noise, *grown], 1).flatten(0, 1)  # as an Experiment orders its batch
         return (base + torch.cat([torch.zeros_like(base), changed])).flatten(0, 1)
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from locality_probe.record.experiment import Experiment, Seen, changed, sum_of
 from locality_probe.record.links import Inputs, Links
-from locality_probe.record.places import IRREGULAR, QUERIES, Declared, Placed, declared_by, place, place_unseen
+from locality_probe.record.places import BLURRED, Declared, Placed, declared_by, place, place_unseen
 from locality_probe.record.sighting import Sighting
 
 PASSES = 25  # at most, for layers whose tokens are not clear after two: few channels need many draws
@@ -80,7 +80,7 @@ class Observer:
                 experiment = Inputs(call.axes, at_once, linked=linked) if linked else Experiment(call.axes, at_once)
                 passes.append(call.run(model, experiment, len(passes), {module for module, *_ in linked.values()}))
             self._place(passes, call)
-            blurred = [name for name, placed in self.places.items() if placed in (IRREGULAR, QUERIES) and blur(passes, name) > CLEAR]
+            blurred = [name for name, placed in self.places.items() if placed in BLURRED and blur(passes, name) > CLEAR]
             if len(passes) >= PASSES or not blurred:
                 return
             passes.append(call.run(model, Experiment(call.axes, at_once), len(passes))) if not linked else passes.append(

@@ -22,6 +22,8 @@ from locality_probe.record.sighting import Sorting
 
 IRREGULAR = "its tokens are at no regular places of the image"
 QUERIES = "its queries are at no regular places of the image"
+UNFIT = "its keys and its queries are at places that do not fit together"
+BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
 NO_IMAGE_TOKENS = (
     "none of its keys is a place of the image: give grid=(N,) for a sequence, or grid={'its module': (N,)} for one tower"
@@ -221,7 +223,7 @@ def _geometry(
     if fine is not coarse:
         steps = lattice.beside(fine, coarse)
         if steps is None:
-            return "its keys and its queries are at places that do not fit together"
+            return UNFIT
         at[id(coarse)] = lambda cells: steps[:, 0] + steps[:, 1] * cells
     q = np.full((*answered_q.shape, points.shape[1]), math.nan)
     q[answered_q.numpy()] = at[id(asking)](cells_q)
@@ -246,12 +248,13 @@ def _axes(fine: Lattice, count: int) -> list[int]:
 
 
 def _pixels(axis: np.ndarray, side: int) -> float:
-    """Pixels between neighbouring places: the whole number, or the part of the side, that is within 3 percent of what is seen."""
+    """Pixels between neighbouring places: the whole number, or the part of the side, that is next to what is seen, within 3
+    percent and a tenth of a place over all of them."""
     if len(axis) == 1:
         return float(side)
     observed = (axis[-1] - axis[0]) / (len(axis) - 1) * side
     best = min((side / len(axis), float(round(observed))), key=lambda pixels: abs(pixels - observed))
-    return best if abs(best - observed) < 0.03 * observed else math.nan
+    return best if abs(best - observed) < (0.03 + 0.1 / len(axis)) * observed else math.nan
 
 
 def _contradiction(said: Declared, who: str, geometry: Geometry) -> str:
@@ -259,6 +262,8 @@ def _contradiction(said: Declared, who: str, geometry: Geometry) -> str:
     keys, unplaced = geometry.keys.shape[1], geometry.unplaced_keys
     if geometry.windows > 1 or not (said.says(keys) or (who == "given" and said.num_prefix_tokens is not None)):
         return ""
+    if said.grid is None and (said.num_prefix_tokens or 0) != unplaced:
+        return f"{said.num_prefix_tokens or 0} tokens without a place are {who}, but {unplaced} are observed"
     if said.grid in (None, geometry.grid) and (said.num_prefix_tokens or 0) == unplaced:
         return ""
     if who == "declared" and not geometry.placed_queries.any():

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from networks import (
     BATCH,
-    CHANGED,
     FUSED,
-    TWICE,
     WRITTEN,
     Asked,
     Mixer,

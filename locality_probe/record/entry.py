@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from locality_probe.geometry import Geometry
 from locality_probe.record import maps
 from locality_probe.record.asked import asked_maps, offers_map
-from locality_probe.record.experiment import Experiment
 from locality_probe.record.layer import AttentionLayer, Layer, Recorded
 from locality_probe.record.maps import Maps, Measure, Reader, slices
 from locality_probe.record.observer import Grids, Observer, image_of, tensors_of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from locality_probe.record.sighting import Run, Sighting
 
-DRAWS = 4  # of noise in one pass
+DRAWS = 2  # of noise in one pass
 SILENT = 3e-6  # of a token's size: rounding in float32 changes it by less
 WEAK = 1e-3  # of the strongest answer in the layer: what is weaker is rounding that an answer nearby made
 NOISE = 2e-3  # of the image's standard deviation: small, so that the network is linear in it

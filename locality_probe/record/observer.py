@@ -17,7 +17,7 @@ from locality_probe.record.links import Inputs, Links
 from locality_probe.record.places import BLURRED, Declared, Placed, declared_by, place, place_unseen
 from locality_probe.record.sighting import Sighting
 
-PASSES = 25  # at most, for layers whose tokens are not clear after two: few channels need many draws
+PASSES = 50  # at most, for layers whose tokens are not clear after two: few channels need many draws
 CLEAR = 0.02  # of the usual spacing: what is seen this sharply and is still not regular will not become so
 NAMES = ("pixel_values", "images", "image", "pixel_values_videos", "video")  # of inputs that are images before any other
 
@@ -62,9 +62,9 @@ class Observer:
             with untouched(self.model) as model:
                 try:
                     self._passes(model, call, 0)
-                except Exception:  # noqa: BLE001, for the model is the user's: it may take no other number of images
+                except Exception:
                     self._passes(model, call, len(image))
-        except Exception as error:  # noqa: BLE001, whatever stops the model, the experiment cannot be made
+        except Exception as error:
             text = str(error).strip().splitlines()
             said = f" ({text[0][:120]})" if text else ""
             self.why = f"the experiment that finds its tokens stops in {type(error).__name__}{said}"
@@ -211,5 +211,5 @@ def blur(passes: list[dict[str, Seen | str]], name: str) -> float:
     errors = [0.0]
     for one, other in halves:
         away = (one.places - other.places).abs()[one.answered & other.answered] / 2
-        errors.append(away.median().item() * one.strength.shape[-1] ** 0.5 if len(away) else 0.0)
+        errors.append(away.median().item() * (one.strength.numel() / max(1, seen[0].shape[1])) ** 0.5 if len(away) else 0.0)
     return max(errors)

@@ -21,6 +21,7 @@ from locality_probe.record.lattice import Lattice
 from locality_probe.record.sighting import Sorting
 
 IRREGULAR = "its tokens are at no regular places of the image"
+CHANNELS = "each of its tokens is of the whole image, as where attention is between channels: there are no distances"
 QUERIES = "its queries are at no regular places of the image"
 UNFIT = "its keys and its queries are at places that do not fit together"
 BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
@@ -113,6 +114,8 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
         return "its input has frames or tiles: give grid=(frames, rows, columns)"
     if given.grid is not None and not given.says(keys):
         return f"its {keys} keys are not {given}"
+    if bool((key.places[key.answered].std(0, correction=0) < 0.1).all()) and key.answered.sum() > 1:
+        return CHANNELS  # a grid that covers the image spreads by a quarter of it at least
     reason = IRREGULAR
     for skipped in dict.fromkeys((0, given.num_prefix_tokens or declared.num_prefix_tokens or 0)):
         for windows, heads, heads_first in sortings(seen):

@@ -170,10 +170,12 @@ def test_invariants(data):
     assert (found["centroid_shift"] <= found["d_loc"] + 1e-5).all()
     assert (found["d_loc"] <= found["rms_distance"] + 1e-6).all()
     for share in ("prefix_mass", "entropy", "self_mass"):
-        assert (found[share] >= -1e-6).all() and (found[share] <= 1 + 1e-5).all()
+        assert (found[share] >= -1e-5).all() and (found[share] <= 1 + 1e-5).all()
     flipped = torch.arange(n).view(rows, columns).flip(data.draw(st.sampled_from([0, 1])))
     order = torch.cat([torch.arange(prefix), prefix + flipped.flatten()])
     for name, value in of(scores[:, :, order][..., order]).items():
+        if sharp == 30 and name in ("sink_mass", "d_loc_no_sinks"):
+            continue  # where patches get all of a few queries, two may get the same, and which is the sink is a matter of order
         torch.testing.assert_close(value, found[name], atol=2e-6, rtol=1e-5, equal_nan=True)
 
 

@@ -19,6 +19,7 @@ from locality_probe.record.sighting import Sighting
 
 PASSES = 50  # at most, for layers whose tokens are not clear after two: few channels need many draws
 CLEAR = 0.02  # of the usual spacing: what is seen this sharply and is still not regular will not become so
+HALF = (torch.float16, torch.bfloat16)
 NAMES = ("pixel_values", "images", "image", "pixel_values_videos", "video")  # of inputs that are images before any other
 
 Grids = dict[str, tuple[int, ...]]  # prefix of a module's name -> grid
@@ -136,6 +137,7 @@ class _Call:
         """One pass over an image and its changed copies; `entered`: modules whose inputs the experiment is shown."""
         row = self.rows[number % len(self.rows)]
         image = self.image[row]
+        image = image.float() if image.dtype in HALF else image  # which could not hold so small a change
         if isinstance(experiment, Links):
             images = image[None].expand(experiment.batch, *image.shape)
         else:
@@ -163,8 +165,7 @@ class _Call:
             if isinstance(x, Tensor) and x is not self.image and x.ndim and len(x) == len(self.image):
                 x = x[row : row + 1].expand(len(images), *x.shape[1:])
             x = images if x is self.image else x
-            half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
-            return x.float() if isinstance(x, Tensor) and half else x
+            return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
 
         return pytree.tree_map(instead, (self.inputs, self.named))
 
@@ -190,7 +191,7 @@ def axes_of(image: Tensor) -> tuple[int, ...]:
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """The model, or where it computes in half precision a copy in float32; buffers and random numbers come back as they were."""
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    half = any(p.dtype in HALF for p in model.parameters())
     used = copy.deepcopy(model).float() if half else model
     before = {} if half else {name: b.clone() for name, b in model.named_buffers()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []

@@ -6,6 +6,7 @@ refused and both are said.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from locality_probe.record.sighting import Sorting
 IRREGULAR = "its tokens are at no regular places of the image"
 CHANNELS = "each of its tokens is of the whole image, as where attention is between channels: there are no distances"
 QUERIES = "its queries are at no regular places of the image"
+SHIFT = 0.12  # of the spacing: heads that are farther from each other, on average over their tokens, are windows
 UNFIT = "its keys and its queries are at places that do not fit together"
 BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
@@ -124,14 +126,15 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
             answered[:, :skipped] = False
             copies = seen.copies.unflatten(0, (heads, windows))[0] if heads_first else seen.copies[::heads]
             found = _cells(pooled.places, answered, copies, (given, declared) if len(sides) == 2 else ())
-            if found is None or not _all_heads_agree(seen.key, key, found, answered, windows, heads, heads_first):
+            sorting = (windows, heads, heads_first)
+            if found is None or not _agree(key, found, answered, sorting, SHIFT):
                 continue
-            if not all(_all_heads_agree(p.key, p.key, found, answered, windows, heads, heads_first, 1.0) for p in passes):
+            if not all(_agree(p.key.pooled(*sorting), found, answered, (windows, 1, False)) for p in passes):
                 reason = MOVES
                 continue
             for part in zip(*(p.parts for p in passes), strict=True):
-                alone = sum_of(part)
-                if alone.answered.any() and not _all_heads_agree(alone, alone, found, answered, windows, heads, heads_first):
+                alone = sum_of(part).pooled(*sorting)
+                if alone.answered.any() and not _agree(alone, found, answered, (windows, 1, False)):
                     return "its keys and its values are of different tokens"
             queries = query.pooled(windows, heads, heads_first)
             geometry = _geometry(found, answered, queries, skipped if seen.shape[2] == keys else 0, sides)
@@ -175,27 +178,29 @@ def _cells(
         originals = there & (same == np.arange(len(there)))
         if len(np.unique(window[originals], axis=0)) < originals.sum():
             return None  # two tokens at one place: one of them is of the whole image, or of a part that another has
+    if len({window.tobytes() for window in cells}) < len(cells):
+        return None  # two windows of the same tokens: they are heads of one
     return fitted, cells
 
 
-def _all_heads_agree(
-    single: Response, whole: Response, found: tuple[Lattice, np.ndarray], answered: Tensor, windows: int, heads: int,
-    heads_first: bool, factor: float = 1.0,
-) -> bool:  # fmt: skip
-    """Whether each head by itself sees the tokens where all heads together do, to half a patch on average."""
+def _agree(
+    single: Response, found: tuple[Lattice, np.ndarray], answered: Tensor, sorting: tuple[int, int, bool], shift: float = 0.5
+) -> bool:
+    """Whether each head by itself sees the tokens where all together do: within half a spacing on average, and all of them
+    not shifted by more than `shift`, as windows would be that were taken for heads."""
+    windows, heads, heads_first = sorting
     fitted, cells = found
     centres = np.stack([axis[cells[..., d]] for d, axis in enumerate(fitted.axes)], -1)  # [W, K, axes]
     shape = (heads, windows) if heads_first else (windows, heads)
-    places = whole.places.unflatten(0, shape).numpy()
-    strong = whole.answered.unflatten(0, shape).numpy()
+    places, strong = single.places.unflatten(0, shape).numpy(), single.answered.unflatten(0, shape).numpy()
     if heads_first:
         places, strong = places.swapaxes(0, 1), strong.swapaxes(0, 1)  # [W, H, K, axes]
-    away = np.abs(places - centres[:, None]) / fitted.spacing
+    away = (places - centres[:, None]) / fitted.spacing
     use = strong & answered.numpy()[:, None]
-    for window in range(windows):
-        for head in range(heads):
-            if use[window, head].any() and away[window, head][use[window, head]].mean() > 0.5 * factor:
-                return False
+    for window, head in itertools.product(range(windows), range(heads)):
+        some = away[window, head][use[window, head]]
+        if len(some) and (np.abs(some).mean() > 0.5 or np.abs(some.mean(0)).max() > shift):
+            return False
     return True
 
 
@@ -251,13 +256,15 @@ def _axes(fine: Lattice, count: int) -> list[int]:
 
 
 def _pixels(axis: np.ndarray, side: int) -> float:
-    """Pixels between neighbouring places: the whole number, or the part of the side, that is next to what is seen, within 3
-    percent and a tenth of a place over all of them."""
-    if len(axis) == 1:
+    """Pixels between neighbouring places: of a grid that covers the side, or of whole-number strides that leave a rest of it,
+    within 3 percent of what is seen; NaN where it is neither."""
+    count = len(axis)
+    if count == 1:
         return float(side)
-    observed = (axis[-1] - axis[0]) / (len(axis) - 1) * side
-    best = min((side / len(axis), float(round(observed))), key=lambda pixels: abs(pixels - observed))
-    return best if abs(best - observed) < (0.03 + 0.1 / len(axis)) * observed else math.nan
+    observed = (axis[-1] - axis[0]) / (count - 1) * side
+    strides = [side / count, *(float(p) for p in range(1, side + 1) if side // p == count and side % p)]
+    near = [p for p in strides if abs(p - observed) < 0.03 * observed]
+    return near[0] if near and (near[0] == side / count or len(near) == 1) else math.nan
 
 
 def _contradiction(said: Declared, who: str, geometry: Geometry) -> str:

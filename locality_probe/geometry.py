@@ -128,11 +128,19 @@ class Geometry:
         return found if (found >= 0).any() else None
 
     @functools.cached_property
-    def order(self) -> Tensor | None:
-        """Which key each place of the grid is, row by row: [product of grid]; None in windows, and where keys do not fill it."""
+    def key_order(self) -> Tensor | None:
+        """Which key each place of the grid is, row by row: [product of grid]; None in windows, and where keys leave some empty."""
+        return self._order(self.keys)
+
+    @functools.cached_property
+    def query_order(self) -> Tensor | None:
+        """The same of queries."""
+        return self._order(self.queries)
+
+    def _order(self, places: Tensor) -> Tensor | None:
         if self.windows > 1:
             return None
-        found = {tuple(p): n for n, p in enumerate(self.keys[0].tolist()) if p == p}
+        found = {tuple(p): n for n, p in reversed(list(enumerate(places[0].tolist()))) if p == p}
         wanted = [tuple(p) for p in positions(self.grid).flip(-1).tolist()]
         return torch.tensor([found[p] for p in wanted]) if all(p in found for p in wanted) else None
 

@@ -281,28 +281,32 @@ def _measure(query: Query):
     """record's measure: {map: [b, H, g_h, g_w]}, or nothing where the layer has no such query."""
 
     def measure(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
-        if layer.extent == "window" or len(layer.grid) != 2:
-            return {}
-        row = _row(attention, layer, query)
-        return {} if row is None else {"map": row[..., layer.num_prefix_tokens :].unflatten(-1, layer.grid).cpu()}
+        return _map(_row(attention, layer, query), layer)
 
     return measure
 
 
+def _map(row: Tensor | None, layer: Layer) -> dict[str, Tensor]:
+    """What a query attends to, [b, H, K], on the grid: {map: [b, H, g_h, g_w]}, or nothing where it has none."""
+    drawn = None if row is None else layer.on_grid(row)
+    return {} if drawn is None else {"map": drawn.cpu()}
+
+
 def _row(attention: Tensor, layer: Layer, query: Query) -> Tensor | None:
     """What the query attends to, [b, H, K], or None where the layer has no such query."""
-    prefix = layer.num_prefix_tokens
+    if layer.geometry.key_order is None or len(layer.grid) != 2:
+        return None
     if isinstance(query, tuple) and not all(0 <= q < g for q, g in zip(query, layer.grid, strict=True)):
         raise Typed(f"query patch {query} is outside the grid of {layer.grid[0]} x {layer.grid[1]} patches")
     if query == "cls":
-        if layer.between_patches and prefix == 0:
-            return None
-        return attention[:, :, 0 if layer.between_patches else -1]
-    if not layer.between_patches:
+        if not layer.between_patches:
+            return attention[:, :, -1]
+        elsewhere = (~layer.geometry.placed_queries[0]).nonzero()
+        return attention[:, :, elsewhere[0, 0]] if len(elsewhere) else None
+    patches = layer.of_patches(attention) if layer.between_patches else None
+    if patches is None:
         return None
-    if query == "mean":
-        return attention[:, :, prefix:].mean(2)
-    return attention[:, :, prefix + query[0] * layer.grid[1] + query[1]]
+    return patches.mean(2) if query == "mean" else patches[:, :, query[0] * layer.grid[1] + query[1]]
 
 
 def _rows_of(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
@@ -330,15 +334,14 @@ def _rolled(found: list[Recorded], query: Query, run: str) -> list[Recorded]:
             row = _row(attention, layer, query)
         else:
             first = first or layer
-            if (layer.grid, layer.num_prefix_tokens) != (first.grid, first.num_prefix_tokens):
+            if not torch.equal(layer.geometry.keys.nan_to_num(-1.0), first.geometry.keys.nan_to_num(-1.0)):
                 raise ValueError(
                     f"no rollout of {run}: the tokens of layer {layer.index} are not those of layer {first.index}"
                 )
             step = (attention + torch.eye(layer.keys)) / 2
             so_far = step if so_far is None else step @ so_far
             row = _row(so_far, layer, query)
-        values = {} if row is None else {"map": row[..., layer.num_prefix_tokens :].unflatten(-1, layer.grid)}
-        rolled.append(Recorded(layer, values))
+        rolled.append(Recorded(layer, _map(row, layer)))
     return rolled
 
 

@@ -43,8 +43,8 @@ def test_grid_and_prefix_that_are_given_are_checked():
     for given, reason in (
         ({"grid": (2, 8), "num_prefix_tokens": 1}, "1 tokens without a place + 2 x 8 is given, but 1 tokens without a place"),
         ({"grid": (17,)}, "0 tokens without a place + 17 is given, but"),
-        ({"grid": (4, 5)}, "its 17 keys are not 0 tokens without a place + 4 x 5"),
-        ({"num_prefix_tokens": 0}, "0 tokens without a place are given, but 1 are observed"),
+        ({"grid": (4, 5)}, "0 tokens without a place + 4 x 5 is given, but"),
+        ({"num_prefix_tokens": 0}, "0 tokens without a place are given, but 1 tokens without"),
     ):
         wrong = record(model, x, maps, **given)
         assert {item.layer.status for item in wrong} == {"skipped"} and not any(item.values for item in wrong)

@@ -164,10 +164,11 @@ def attention(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tu
 
 def _patch_rows(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
     """record's measure: between patches and renormalised, as D_loc has it, [b, H, N, N]."""
-    if not layer.between_patches or layer.extent == "window" or len(layer.grid) != 2:
+    rows = layer.of_patches(attention) if layer.between_patches else None
+    on_grid = None if rows is None else layer.on_grid(rows)
+    if on_grid is None:
         return {}
-    prefix = layer.num_prefix_tokens
-    patches = attention[:, :, prefix:, prefix:]
+    patches = on_grid.flatten(-2)
     return {"rows": patches / patches.sum(-1, keepdim=True)}
 
 

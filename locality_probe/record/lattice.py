@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CLOSE = 0.25  # of the spacing: farther from its place than this, a point is at none
-UNEVEN = 2.0  # the widest gap between neighbouring rows over the narrowest: borders of convolutions squeeze the outer ones
+UNEVEN = 2.0  # the widest gap between neighbouring rows over the narrowest
+SQUEEZED = 0.25  # of the usual gap: what the outermost rows may be pushed inwards to, where convolutions see the border
 HALVES = 0.12  # of a patch: farther from a whole number of halves than this, it is not clear where a coarse row is
 
 
@@ -72,7 +73,9 @@ def _rows(values: np.ndarray) -> list[np.ndarray]:
         rows = np.split(ordered, np.flatnonzero(gaps > (widest[count - 2] + inner) / 2) + 1)
         means, spread = np.array([row.mean() for row in rows]), max(np.ptp(row) for row in rows)
         steps = np.diff(means)
-        if spread < 2 * CLOSE * steps.min() and steps.max() < UNEVEN * steps.min():
+        inside = steps[1:-1] if len(steps) > 2 else steps
+        even = inside.max() < UNEVEN * inside.min() and steps.max() < UNEVEN * inside.max()
+        if spread < 2 * CLOSE * steps.min() and even and steps.min() > SQUEEZED * inside.min():
             found.append(means)
     return found
 

@@ -79,10 +79,19 @@ class Layer:
         """Whether patches are among the queries; not so where a class or task token alone looks at them."""
         return bool(self.geometry.placed_queries.any()) and bool(self.geometry.placed_keys.any())
 
-    @property
-    def patches(self) -> Tensor | None:
-        """Which key each patch of the grid is, row by row: [product of grid]; None in windows, and where keys do not fill it."""
-        return self.geometry.order
+    def on_grid(self, attention: Tensor) -> Tensor | None:
+        """Attention [.., K] of any queries -> [.., rows, columns], on each patch; None in windows, and where patches are not
+        one key each."""
+        order = self.geometry.key_order
+        if order is None or len(self.grid) != 2:
+            return None
+        return attention.index_select(-1, order.to(attention.device)).unflatten(-1, self.grid)
+
+    def of_patches(self, attention: Tensor) -> Tensor | None:
+        """Attention [.., Q, K] -> that of the patches, row by row, [.., rows * columns, K]; None where patches are not one
+        query each."""
+        order = self.geometry.query_order
+        return None if order is None else attention.index_select(-2, order.to(attention.device))
 
     @property
     def d_uniform(self) -> float:

@@ -114,8 +114,6 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
         return NO_IMAGE_TOKENS
     if len(sides) > 2 and (given.grid is None or len(given.grid) != 3):
         return "its input has frames or tiles: give grid=(frames, rows, columns)"
-    if given.grid is not None and not given.says(keys):
-        return f"its {keys} keys are not {given}"
     if bool((key.places[key.answered].std(0, correction=0) < 0.1).all()) and key.answered.sum() > 1:
         return CHANNELS  # a grid that covers the image spreads by a quarter of it at least
     reason = IRREGULAR
@@ -137,10 +135,11 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
                 if alone.answered.any() and not _agree(alone, found, answered, (windows, 1, False)):
                     return "its keys and its values are of different tokens"
             queries = query.pooled(windows, heads, heads_first)
-            geometry = _geometry(found, answered, queries, skipped if seen.shape[2] == keys else 0, sides)
-            if isinstance(geometry, str):
-                return geometry
-            problem = _contradiction(given, "given", geometry) or _contradiction(declared, "declared", geometry)
+            placed = _geometry(found, answered, queries, skipped if seen.shape[2] == keys else 0, sides)
+            if isinstance(placed, str):
+                return placed
+            geometry, whole = placed
+            problem = _contradiction(given, "given", geometry, whole) or _contradiction(declared, "declared", geometry, whole)
             if problem:
                 return problem
             if math.prod(geometry.grid) == 1:
@@ -213,8 +212,8 @@ def _moved(passes: list[Seen]) -> bool:
 
 def _geometry(
     found: tuple[Lattice, np.ndarray], answered: Tensor, queries: Response, skipped: int, sides: tuple[int, ...]
-) -> Geometry | str:
-    """Places of queries and keys in units of the finer of their lattices."""
+) -> tuple[Geometry, tuple[int, ...]] | str:
+    """Places of queries and keys in units of the finer of their lattices, and how many places that has along each axis."""
     keys, cells_k = found
     answered_q = queries.answered
     answered_q[:, :skipped] = False
@@ -238,14 +237,15 @@ def _geometry(
     k = np.full(cells_k.shape, math.nan)
     k[answered.numpy()] = at[id(keys)](cells_k[answered.numpy()])
     axes = _axes(fine, points.shape[1])
-    grid = tuple(fine.shape[d] for d in axes)
+    grid = whole = tuple(fine.shape[d] for d in axes)
     if len(cells_k) > 1:
         grid = tuple(max(len(np.unique(window[there][:, d])) for window, there in zip(cells_k, answered.numpy(), strict=True)
                          if there.any()) for d in axes)  # fmt: skip
     pixels = tuple(_pixels(fine.axes[d], sides[d]) for d in axes[-2:])
     known = all(p == p for p in pixels) and len(axes) > 1
-    return Geometry(torch.from_numpy(q)[..., axes], torch.from_numpy(k)[..., axes], grid, pixels if known else None,
-                    tuple(sides[-2:]) if known else None)  # fmt: skip
+    geometry = Geometry(torch.from_numpy(q)[..., axes], torch.from_numpy(k)[..., axes], grid, pixels if known else None,
+                        tuple(sides[-2:]) if known else None)  # fmt: skip
+    return geometry, whole
 
 
 def _axes(fine: Lattice, count: int) -> list[int]:
@@ -267,18 +267,16 @@ def _pixels(axis: np.ndarray, side: int) -> float:
     return near[0] if near and (near[0] == side / count or len(near) == 1) else math.nan
 
 
-def _contradiction(said: Declared, who: str, geometry: Geometry) -> str:
-    """Both sides, where what is said of a layer's tokens is not what was observed."""
+def _contradiction(said: Declared, who: str, geometry: Geometry, whole: tuple[int, ...]) -> str:
+    """Both sides, where what is said of a layer's tokens is not what was observed. What a model declares is of the layers that
+    have so many keys; what is given by hand is of all."""
     keys, unplaced = geometry.keys.shape[1], geometry.unplaced_keys
-    if geometry.windows > 1 or not (said.says(keys) or (who == "given" and said.num_prefix_tokens is not None)):
+    if who == "declared" and (geometry.windows > 1 or not said.says(keys) or not geometry.placed_queries.any()):
         return ""
-    if said.grid is None and (said.num_prefix_tokens or 0) != unplaced:
-        return f"{said.num_prefix_tokens or 0} tokens without a place are {who}, but {unplaced} are observed"
-    if said.grid in (None, geometry.grid) and (said.num_prefix_tokens or 0) == unplaced:
-        return ""
-    if who == "declared" and not geometry.placed_queries.any():
-        return ""
-    return (
-        f"{said} is {who}, but {unplaced} tokens without a place + {' x '.join(map(str, geometry.grid))} patches are observed: "
-        "give the grid and num_prefix_tokens that are right, or none"
-    )
+    observed = f"{unplaced} tokens without a place + {' x '.join(map(str, whole))} patches"
+    if said.grid is not None and said.grid != whole:
+        return f"{said} is {who}, but {observed} are observed: give the grid that is right, or none"
+    prefix = said.num_prefix_tokens if who == "given" else said.num_prefix_tokens or 0
+    if prefix is not None and prefix != unplaced and geometry.windows == 1:
+        return f"{prefix} tokens without a place are {who}, but {observed} are observed: give the number that is right, or none"
+    return ""

@@ -40,9 +40,13 @@ def test_it_is_measured_as_it_was_then(old):
     ):
         before = table.read(OLD / "measured" / file)
         assert set(before["at_step"]) == {AFTER}
-        pd.testing.assert_frame_equal(before, table.check(frame), rtol=1e-5)
+        new = list(before.columns[before.isna().all()]) + ["places", "grid"]  # columns that there were not then
+        assert set(new) & set(before) <= set(table.added) | {"gate", "content_scale"}
+        kept = [name for name in before if name not in new]
+        pd.testing.assert_frame_equal(before[kept], table.check(frame)[kept], rtol=1e-5, atol=1e-6)  # CPUs round apart
     images = NONLOCALITY_IMAGES.read(OLD / "measured/nonlocality_images.parquet")
-    pd.testing.assert_frame_equal(images, NONLOCALITY_IMAGES.check(found.per_image), rtol=1e-5)
+    kept = [name for name in images if images[name].notna().any()]
+    pd.testing.assert_frame_equal(images[kept], NONLOCALITY_IMAGES.check(found.per_image)[kept], rtol=1e-5, atol=1e-6)
 
 
 def test_words_of_an_earlier_version_are_translated(tmp_path):

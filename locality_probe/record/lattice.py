@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CLOSE = 0.25  # of the spacing: farther from its place than this, a point is at none
+CLOSE = 0.25  # of the spacing: a point that is nearer to a place than this is at it, whatever the others are
+USUAL = 0.12  # of the spacing: where points are this near on average, and one to one with places, each is at the nearest; for
+# two neighbours to be taken for each other, both would have to be seen four times as far off, and in opposite directions
 UNEVEN = 2.0  # the widest gap between neighbouring rows over the narrowest
 SQUEEZED = 0.25  # of the usual gap: what the outermost rows may be pushed inwards to, where convolutions see the border
 HALVES = 0.12  # of a patch: farther from a whole number of halves than this, it is not clear where a coarse row is
+SAME = 1e-4  # of the image's side: tokens that are seen nearer to each other than this are one, in two windows
 
 
 @dataclass(frozen=True)
@@ -29,39 +32,69 @@ class Lattice:
         return np.array([np.median(np.diff(axis)) if len(axis) > 1 else 1.0 for axis in self.axes])
 
     def cells(self, points: np.ndarray) -> np.ndarray | None:
-        """The place [n, axes] of each point, counted from 0, or None where one lies between places."""
-        found = np.empty(points.shape, dtype=int)
+        """The place [n, axes] of each point, counted from 0, or None where that is not clear."""
+        found, away = np.empty(points.shape, dtype=int), np.empty(points.shape)
         for d, axis in enumerate(self.axes):
-            away = np.abs(points[:, d, None] - axis)
-            found[:, d] = away.argmin(1)
-            if (away.min(1) > CLOSE * self._narrowest(d)).any():
-                return None
-        return found
-
-    def _narrowest(self, d: int) -> float:
-        return float(np.diff(self.axes[d]).min()) if len(self.axes[d]) > 1 else 1.0
+            distance = np.abs(points[:, d, None] - axis)
+            found[:, d] = distance.argmin(1)
+            gaps = np.diff(axis) if len(axis) > 1 else np.ones(1)
+            local = np.minimum(np.append(gaps, np.inf), np.insert(gaps, 0, np.inf)) if len(axis) > 1 else gaps
+            away[:, d] = distance.min(1) / local[found[:, d]]
+        if away.max(initial=0.0) < CLOSE:
+            return found
+        one_to_one = len(_distinct(points)) == len(np.unique(found, axis=0))
+        usual = np.sqrt(np.square(away).mean(0)).max()
+        return found if usual < USUAL and away.max() < 4 * USUAL and one_to_one else None
 
 
 def fit(points: np.ndarray) -> Lattice | None:
-    """The one lattice whose every place is taken by some of the points [n, axes], each close to its place; else None."""
-    candidates = [_rows(points[:, d]) for d in range(points.shape[1])]
-    fitting = []
-    for axes in itertools.product(*candidates):
-        lattice = Lattice(tuple(axes))
-        if np.prod(lattice.shape) > len(points):
+    """The one lattice whose every place is taken by some of the points [n, axes], each clearly at its place; else None."""
+    distinct = _distinct(points)
+    candidates = [tuple(axes) for axes in itertools.product(*(_rows(points[:, d]) for d in range(points.shape[1])))]
+    candidates += [
+        tuple(np.sort(distinct[:, d]).reshape(count, -1).mean(1) for d, count in enumerate(shape))
+        for shape in _factors(len(distinct), points.shape[1])
+    ]
+    fitting: dict[tuple[int, ...], Lattice] = {}
+    for axes in candidates:
+        lattice = Lattice(axes)
+        if lattice.shape in fitting or np.prod(lattice.shape) > len(distinct) or not all(_even(axis) for axis in axes):
             continue
         cells = lattice.cells(points)
         if cells is not None and len(np.unique(cells, axis=0)) == np.prod(lattice.shape):
-            fitting.append(lattice)
-    if not fitting:
-        return None
-    most = max(np.prod(lattice.shape) for lattice in fitting)
-    best = [lattice for lattice in fitting if np.prod(lattice.shape) == most]
+            fitting[lattice.shape] = lattice
+    most = max((np.prod(shape) for shape in fitting), default=0)
+    best = [lattice for shape, lattice in fitting.items() if np.prod(shape) == most]
     return best[0] if len(best) == 1 else None
 
 
+def _distinct(points: np.ndarray) -> np.ndarray:
+    """Points without those that are seen at the same place as another."""
+    _, first = np.unique(np.round(points / SAME), axis=0, return_index=True)
+    return points[first]
+
+
+def _factors(number: int, axes: int) -> list[tuple[int, ...]]:
+    """All ways to write a number as a product of so many."""
+    if axes == 1:
+        return [(number,)]
+    return [(n, *rest) for n in range(1, number + 1) if number % n == 0 for rest in _factors(number // n, axes - 1)]
+
+
+def _even(axis: np.ndarray) -> bool:
+    """Whether rows are evenly spaced, but for the outermost, and a single row is in the middle."""
+    steps = np.diff(axis)
+    if len(steps) == 0:
+        return True
+    inside = steps[1:-1] if len(steps) > 2 else steps
+    return bool(
+        steps.min() > 0 and inside.max() < UNEVEN * inside.min() and steps.max() < UNEVEN * inside.max()
+        and steps.min() > SQUEEZED * inside.min()
+    )  # fmt: skip
+
+
 def _rows(values: np.ndarray) -> list[np.ndarray]:
-    """Ways to part numbers into evenly spaced rows with gaps between them, each as the rows' means."""
+    """Ways to part numbers into rows with gaps between them, each as the rows' means."""
     ordered = np.sort(values)
     gaps = np.diff(ordered)
     widest = np.sort(gaps)[::-1]
@@ -71,12 +104,7 @@ def _rows(values: np.ndarray) -> list[np.ndarray]:
         if widest[count - 2] <= 2 * inner or widest[count - 2] <= 1e-9:
             continue
         rows = np.split(ordered, np.flatnonzero(gaps > (widest[count - 2] + inner) / 2) + 1)
-        means, spread = np.array([row.mean() for row in rows]), max(np.ptp(row) for row in rows)
-        steps = np.diff(means)
-        inside = steps[1:-1] if len(steps) > 2 else steps
-        even = inside.max() < UNEVEN * inside.min() and steps.max() < UNEVEN * inside.max()
-        if spread < 2 * CLOSE * steps.min() and even and steps.min() > SQUEEZED * inside.min():
-            found.append(means)
+        found.append(np.array([row.mean() for row in rows]))
     return found
 
 

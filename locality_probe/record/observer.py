@@ -17,8 +17,9 @@ from locality_probe.record.links import Inputs, Links
 from locality_probe.record.places import BLURRED, Declared, Placed, declared_by, place, place_unseen
 from locality_probe.record.sighting import Sighting
 
-PASSES = 50  # at most, for layers whose tokens are not clear after two: few channels need many draws
-CLEAR = 0.02  # of the usual spacing: what is seen this sharply and is still not regular will not become so
+PASSES = 8, 50  # at most, for layers whose tokens are not clear after two: few channels need many draws of noise, and have
+PIXELS = 25 * 224 * 224  # small images mostly; of larger ones as many passes as make up these pixels, and 8 at least
+CLEAR = 0.03  # of the usual spacing: what is seen this sharply and is still not regular will not become so
 HALF = (torch.float16, torch.bfloat16)
 NAMES = ("pixel_values", "images", "image", "pixel_values_videos", "video")  # of inputs that are images before any other
 
@@ -82,7 +83,8 @@ class Observer:
                 passes.append(call.run(model, experiment, len(passes), {module for module, *_ in linked.values()}))
             self._place(passes, call)
             blurred = [name for name, placed in self.places.items() if placed in BLURRED and blur(passes, name) > CLEAR]
-            if len(passes) >= PASSES or not blurred:
+            fewest, most = PASSES
+            if len(passes) >= max(fewest, min(most, PIXELS // call.pixels)) or not blurred:
                 return
             passes.append(call.run(model, Experiment(call.axes, at_once), len(passes))) if not linked else passes.append(
                 call.run(model, Inputs(call.axes, at_once, linked=linked), len(passes), {m for m, *_ in linked.values()})
@@ -132,6 +134,10 @@ class _Call:
     @property
     def axes(self) -> int:
         return len(axes_of(self.image))
+
+    @property
+    def pixels(self) -> int:
+        return self.image.shape[-2] * self.image.shape[-1]
 
     def run(self, model: nn.Module, experiment: Experiment, number: int, entered: Iterable[nn.Module] = ()) -> dict[str, Seen | str]:
         """One pass over an image and its changed copies; `entered`: modules whose inputs the experiment is shown."""

@@ -18,7 +18,10 @@ BATCH = 2  # with one image alone, windows could not be told from images
 
 
 def examine(
-    model: nn.Module, *inputs: object, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None,
+    model: nn.Module,
+    *inputs: object,
+    grid: tuple[int, ...] | None = None,
+    num_prefix_tokens: int | None = None,
     **named: object,
 ) -> list[Layer]:
     """Every attention layer of `model` as it runs on `inputs` ([2, ...] at least), measured or skipped with its reason.

@@ -49,9 +49,21 @@ HF: dict[str, dict[str, Any]] = {  # name of the configuration and model in tran
     "Yolos": _IMAGE | {"image_size": [64, 64]},
     "Swin": {"image_size": 112, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 2]},
     "PvtV2": {"image_size": 64, "depths": [1, 1, 1, 1]}, "Segformer": {"depths": [1, 1, 1, 1]},
+    "ViTMAE": _IMAGE | {"mask_ratio": 0.0},
+    "SamVision": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_dim": 64, "image_size": 96,
+                  "patch_size": 16, "window_size": 4, "global_attn_indexes": [1], "output_channels": 16},
+    "Detr": {"use_timm_backbone": True, "use_pretrained_backbone": False, "backbone": "resnet18", "d_model": 48,
+             "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+             "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 9},
+    "CLIP": {"vision_config": _IMAGE, "text_config": _TINY | {"num_hidden_layers": 1}},
+    "Siglip2Vision": _TINY | {"num_patches": 16, "patch_size": 16},
+    "VideoMAE": _IMAGE | {"num_frames": 4}, "Timesformer": _IMAGE | {"num_frames": 4},
+    "VJEPA2": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "crop_size": 64, "patch_size": 16,
+               "frames_per_clip": 4, "pred_hidden_size": 24, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 2},
     "GPT2": {"n_embd": 48, "n_layer": 2, "n_head": 3}, "Llama": _TINY | {"num_key_value_heads": 1},
     "Bert": _TINY,
 }  # fmt: skip
+VIDEO = {"VideoMAE": (2, 4, 4), "Timesformer": (4, 4, 4), "VJEPA2": (2, 4, 4)}  # frames (or pairs), rows, columns
 TEXT = 24  # tokens of a text
 FAMILIES = len(TIMM) + len(TORCHVISION) + len(HF)
 
@@ -82,6 +94,19 @@ def families() -> Iterator[tuple[str, str, str, Callable[[], list[Layer]]]]:
             model = getattr(transformers, f"{name}Model")(config)
             if model.main_input_name == "input_ids":
                 return examine(model, torch.randint(100, (BATCH, TEXT)), grid=(TEXT,))
+            if name == "CLIP":
+                ids = torch.randint(100, (BATCH, TEXT))
+                return examine(
+                    model, input_ids=ids, pixel_values=torch.randn(BATCH, 3, 64, 64), grid={"text_model": (TEXT,)}
+                )
+            if name == "Siglip2Vision":  # patches, and how many rows and columns each image has of them
+                masks = {
+                    "pixel_attention_mask": torch.ones(BATCH, 16).long(),
+                    "spatial_shapes": torch.full((BATCH, 2), 4),
+                }
+                return examine(model, pixel_values=torch.randn(BATCH, 16, 768), **masks, grid=(4, 4))
+            if name in VIDEO:
+                return examine(model, torch.randn(BATCH, 4, 3, 64, 64), grid=VIDEO[name])
             size = getattr(config, "image_size", 64)
             return examine(model, torch.randn(BATCH, 3, *([size] * 2 if isinstance(size, int) else size)))
 
@@ -129,8 +154,10 @@ none is missing.
 {counts["families"]} families with {counts["layers"]} attention layers: {counts["ok"]} measured over the whole image or
 sequence, {counts["window"]} inside their windows, {counts["skipped"]} skipped.
 
-`+ n` are prefix tokens (class, distillation, registers). How: *sdpa* is `scaled_dot_product_attention`, *multihead*
-`nn.MultiheadAttention`, *eager* a softmax that is multiplied with the values, *asked* a layer that gives its map.
+`+ n` are keys without a place in the image (class, register and detection tokens, prompts). Where keys are pooled, the
+grid is that of the queries. How: *sdpa* is a kernel of `scaled_dot_product_attention`, *eager* products of queries, keys and values,
+*kernel* another library's kernel, *asked* a layer that gives its map. Where tokens are is observed, but for sequences and
+videos, whose grid is given.
 
 | library | family | model | measured | grids | how | skipped |
 |---|---|---|---|---|---|---|

@@ -69,7 +69,9 @@ class Geometry:
         with everyday_tensors():
             nowhere = torch.full((num_prefix_tokens, len(grid)), math.nan, dtype=torch.float64)
             keys = torch.cat([nowhere, positions(grid).flip(-1)])[None]
-            places = keys if queries in (None, keys.shape[1]) else torch.full((1, queries, len(grid)), math.nan).double()
+            places = (
+                keys if queries in (None, keys.shape[1]) else torch.full((1, queries, len(grid)), math.nan).double()
+            )
         return cls(places, keys, grid, patch_pixels, image)
 
     def __eq__(self, other: object) -> bool:
@@ -79,7 +81,9 @@ class Geometry:
         return hash(self._identity)
 
     def __repr__(self) -> str:
-        return f"Geometry({self.grid}, {self.windows} windows, {self.queries.shape[1]} queries, {self.keys.shape[1]} keys)"
+        return (
+            f"Geometry({self.grid}, {self.windows} windows, {self.queries.shape[1]} queries, {self.keys.shape[1]} keys)"
+        )
 
     @property
     def windows(self) -> int:
@@ -101,7 +105,11 @@ class Geometry:
         alike: dict[bytes, int] = {}
         first = []
         for window in range(self.windows):
-            origin = self.keys[window][self.placed_keys[window]].nan_to_num().amin(0) if self.placed_keys[window].any() else 0
+            origin = (
+                self.keys[window][self.placed_keys[window]].nan_to_num().amin(0)
+                if self.placed_keys[window].any()
+                else 0
+            )
             places = torch.cat([self.queries[window] - origin, self.keys[window] - origin]).numpy().tobytes()
             first.append(alike.setdefault(places, window))
         return torch.tensor(first)
@@ -129,7 +137,7 @@ class Geometry:
 
     @functools.cached_property
     def key_order(self) -> Tensor | None:
-        """Which key each place of the grid is, row by row: [product of grid]; None in windows, and where keys leave some empty."""
+        """Which key each place of the grid is, row by row: [product of grid]; None in windows, and where some place has none."""
         return self._order(self.keys)
 
     @functools.cached_property
@@ -147,9 +155,14 @@ class Geometry:
     @functools.cached_property
     def is_row_major(self) -> bool:
         """Whether this is one window of tokens without a place, then the whole grid in row-major order, as in a plain ViT."""
-        return self == Geometry.of_grid(
-            self.grid, self.keys.shape[1] - math.prod(self.grid), patch_pixels=self.patch_pixels, image=self.image
-        ) if self.windows == 1 and self.same_places and self.keys.shape[1] >= math.prod(self.grid) else False
+        return (
+            self
+            == Geometry.of_grid(
+                self.grid, self.keys.shape[1] - math.prod(self.grid), patch_pixels=self.patch_pixels, image=self.image
+            )
+            if self.windows == 1 and self.same_places and self.keys.shape[1] >= math.prod(self.grid)
+            else False
+        )
 
     def uniform(self, causal: bool = False) -> float:
         """D_loc of equal attention to every key that has a place, in patches: the mean over the queries that have one.
@@ -169,13 +182,21 @@ class Geometry:
             return uniform_nonlocality(self.grid)
         values: dict[int, float] = {}
         for window in self.classes.unique().tolist():
-            queries, keys = self.queries[window][self.placed_queries[window]], self.keys[window][self.placed_keys[window]]
+            queries, keys = (
+                self.queries[window][self.placed_queries[window]],
+                self.keys[window][self.placed_keys[window]],
+            )
             if len(queries) and len(keys):
                 parts = [
-                    torch.cdist(some, keys, compute_mode="donot_use_mm_for_euclid_dist").mean(1) for some in queries.split(512)
+                    torch.cdist(some, keys, compute_mode="donot_use_mm_for_euclid_dist").mean(1)
+                    for some in queries.split(512)
                 ]
                 values[window] = round(torch.cat(parts).mean().item(), 12)
-        whole = [w for w in self.classes.tolist() if w in values and self.placed_keys[w].sum() == self.placed_keys.sum(1).max()]
+        whole = [
+            w
+            for w in self.classes.tolist()
+            if w in values and self.placed_keys[w].sum() == self.placed_keys.sum(1).max()
+        ]
         counts = [values[w] for w in whole]
         return max(set(counts), key=lambda value: (counts.count(value), -value)) if counts else math.nan
 

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from locality_probe.geometry import Geometry, distances, everyday_tensors, positions, uniform_nonlocality
 
-__all__ = ["MEASURES", "Sums", "distances", "measure", "measure_attention", "nonlocality", "positions", "uniform_nonlocality"]
+__all__ = [
+    "MEASURES",
+    "Sums",
+    "distances",
+    "measure",
+    "measure_attention",
+    "nonlocality",
+    "positions",
+    "uniform_nonlocality",
+]
 
 MEASURES = (
     "d_loc", "rms_distance", "prefix_mass", "entropy", "self_mass", "centroid_shift", "sink_mass", "d_loc_no_sinks",
@@ -23,7 +32,13 @@ MEASURES = (
 
 @functools.lru_cache(maxsize=64)  # of one grid, layer after layer; all queries at once would need N^2 memory
 def _weights(
-    geometry: Geometry, window: int, first: int, last: int, powers: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    geometry: Geometry,
+    window: int,
+    first: int,
+    last: int,
+    powers: tuple[str, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Of the queries first..last: [last - first, 2.., K] with 1, ||p_j - p_i|| and what `powers` names; 0 for keys and
     queries without a place.
@@ -119,7 +134,9 @@ class Sums:
                 there = attention.gather(-1, own.clamp_min(0)[:, None].expand(b, h, q, 1))[..., 0]
                 rows[..., at["self"]] = there * (own >= 0)
         if "entropy" in self.wanted:
-            rows[..., at["entropy"]] = self._a_log_a(attention[..., front:] if front is not None else attention[..., placed])
+            rows[..., at["entropy"]] = self._a_log_a(
+                attention[..., front:] if front is not None else attention[..., placed]
+            )
         if received is not None:
             seen = geometry.placed_queries[window, first : first + q].to(attention.device)
             received += (attention if seen.all() else attention[:, :, seen]).sum(2)

@@ -68,8 +68,8 @@ class Measurement:
         rows = [
             {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "name": layer.name, "kind": layer.kind,
              "how": layer.how, "places": layer.places, "num_heads": layer.num_heads, "grid": "x".join(map(str, layer.grid)),
-             "grid_rows": layer.grid[-2] if len(layer.grid) > 1 else 1, "grid_columns": layer.grid[-1], "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens,
-             "status": layer.status, "reason": layer.reason}
+             "grid_rows": layer.grid[-2] if len(layer.grid) > 1 else 1, "grid_columns": layer.grid[-1],
+             "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens, "status": layer.status, "reason": layer.reason}
             for layer in self.layers
         ]  # fmt: skip
         return LAYERS.check(pd.DataFrame(rows, columns=list(LAYERS.columns)))
@@ -85,7 +85,8 @@ class Probe:
 
     grid: (rows, columns) of patches, (N,) for a sequence, (frames, rows, columns) for a video, or a dict of them by the
     prefix of a tower's module names; num_prefix_tokens: tokens without a place. For images neither is needed: places are
-    observed, and what is given is checked. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc is always there.
+    observed, and what is given is checked. measures: some of locality_probe.measures.MEASURES; entropy costs most, d_loc
+    is always there. The first batch of a size costs some passes more, in which your own forward hooks run, too.
     Nothing is put on the model but during update; after it, also by an exception, the model is as it was.
     Scores are computed in float32 at least, whatever the model computes in. Memory grows neither with the number of layers
     nor with N^2.

@@ -53,7 +53,10 @@ NONLOCALITY = Table(
         "d_uniform": ("float64", "d_loc of uniform attention on the same grid, patches; causal: over earlier keys"),
         "d_ratio": ("float64", "d_loc / d_uniform"),
         "d_loc_pixels": ("float64", "d_loc in pixels of the network's input; empty where a patch's size is not known"),
-        "d_loc_side": ("float64", "d_loc in parts of the input's side (the geometric mean of height and width), 0 to about 1"),
+        "d_loc_side": (
+            "float64",
+            "d_loc in parts of the input's side (the geometric mean of height and width), 0 to about 1",
+        ),
         **_SHARES,
         "gate": ("float64", "GPSA: share of positional attention, 0 to 1; empty for other layers"),
         "content_scale": ("float64", "LPA: lambda; empty for other layers"),

@@ -66,12 +66,14 @@ class Pixel:
 Patch = tuple[int, int]  # row, column
 
 
-def parse_grid(text: str) -> Patch:
-    """ROWS,COLUMNS. Raises Typed for anything else."""
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise Typed(f"--grid {text!r} is not ROWS,COLUMNS in patches, like 14,14")
-    return int(parts[0]), int(parts[1])
+def parse_grid(text: str) -> tuple[int, ...]:
+    """ROWS,COLUMNS, or N for a sequence, or FRAMES,ROWS,COLUMNS for a video. Raises Typed for anything else."""
+    sides = text.split(",")
+    if not 1 <= len(sides) <= 3 or not all(side.strip().isdecimal() and 0 < int(side) < 10**5 for side in sides):
+        raise Typed(
+            f"--grid {text!r} is not ROWS,COLUMNS in patches, like 14,14; nor N, for a sequence; nor FRAMES,ROWS,COLUMNS"
+        )
+    return tuple(int(side) for side in sides)
 
 
 def parse_layers(text: str) -> list[int] | None:

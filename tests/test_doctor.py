@@ -65,7 +65,8 @@ def test_families(name):
 
 
 UNFUSED = ["davit_tiny", "pit_ti_224", "crossvit_tiny_240"] + [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_vit_5m_224", "twins_svt_small", "maxvit_rmlp_pico_rw_256")
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("tiny_vit_5m_224", "twins_svt_small", "maxvit_rmlp_pico_rw_256")
 ]
 
 

@@ -40,7 +40,7 @@ def test_it_is_measured_as_it_was_then(old):
     ):
         before = table.read(OLD / "measured" / file)
         assert set(before["at_step"]) == {AFTER}
-        new = list(before.columns[before.isna().all()]) + ["places", "grid"]  # columns that there were not then
+        new = [*before.columns[before.isna().all()], "places", "grid"]  # columns that there were not then
         assert set(new) & set(before) <= set(table.added) | {"gate", "content_scale"}
         kept = [name for name in before if name not in new]
         pd.testing.assert_frame_equal(before[kept], table.check(frame)[kept], rtol=1e-5, atol=1e-6)  # CPUs round apart

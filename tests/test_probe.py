@@ -162,7 +162,9 @@ def test_invariants(data):
     def of(scores):
         model = Given()
         model.scores = scores
-        return probed(model, torch.zeros(2, 3 * (prefix + n) * 4), grid=(rows, columns), num_prefix_tokens=prefix).values[0]
+        return probed(
+            model, torch.zeros(2, 3 * (prefix + n) * 4), grid=(rows, columns), num_prefix_tokens=prefix
+        ).values[0]
 
     found = of(scores)
     farthest = distances((rows, columns)).max()
@@ -251,9 +253,7 @@ def test_torchvisions_transformer():
     layer = model.encoder.layers[1].self_attention
     layer.register_forward_pre_hook(lambda _, inputs: attention.update(x=inputs[0]))
     found = probed(model, images(5))
-    assert [(layer.how, layer.grid, layer.num_prefix_tokens) for layer in found.layers] == [
-        ("sdpa", (4, 4), 1)
-    ] * 2
+    assert [(layer.how, layer.grid, layer.num_prefix_tokens) for layer in found.layers] == [("sdpa", (4, 4), 1)] * 2
     with torch.no_grad():
         _, weights = layer(*[attention["x"]] * 3, average_attn_weights=False)
     for name, value in exact(weights, (4, 4), 1).items():
@@ -288,7 +288,7 @@ def test_masks_of_multihead_attention(masks):
 
 def test_keys_beyond_the_tokens_are_refused():
     found = probed(Multihead(add_bias_kv=True), torch.randn(3, 6, 8), grid=(6,))
-    assert found.layers[0].reason == "its 7 keys are not 0 prefix tokens + 6 patches"
+    assert found.layers[0].reason == "its 7 keys are not 0 tokens without a place + 6 patches"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

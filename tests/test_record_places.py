@@ -41,7 +41,10 @@ def test_grid_and_prefix_that_are_given_are_checked():
     right = record(model, x, maps, grid=(4, 4), num_prefix_tokens=1)
     assert {(item.layer.status, item.layer.grid, item.layer.places) for item in right} == {("ok", (4, 4), "given")}
     for given, reason in (
-        ({"grid": (2, 8), "num_prefix_tokens": 1}, "1 tokens without a place + 2 x 8 is given, but 1 tokens without a place"),
+        (
+            {"grid": (2, 8), "num_prefix_tokens": 1},
+            "1 tokens without a place + 2 x 8 is given, but 1 tokens without a place",
+        ),
         ({"grid": (17,)}, "0 tokens without a place + 17 is given, but"),
         ({"grid": (4, 5)}, "0 tokens without a place + 4 x 5 is given, but"),
         ({"num_prefix_tokens": 0}, "0 tokens without a place are given, but 1 tokens without"),
@@ -56,7 +59,9 @@ def test_a_declaration_that_is_not_so_is_refused():
     model.num_prefix_tokens = 0
     model.patch_embed.dynamic_feat_size = lambda size: (1, 17)
     (item, _) = record(model, images(), maps)
-    assert item.layer.reason.startswith("0 tokens without a place + 1 x 17 is declared, but 1 tokens without a place + 4 x 4")
+    assert item.layer.reason.startswith(
+        "0 tokens without a place + 1 x 17 is declared, but 1 tokens without a place + 4 x 4"
+    )
 
 
 def test_places_are_observed_in_a_model_that_declares_none():

@@ -40,7 +40,10 @@ def test_users_own_attention(case, monkeypatch):
     layer = item.layer
     assert layer == Layer(0, name, kind, 2, layer.geometry, how=layer.how, places="observed", causal=causal)
     assert layer.geometry == Geometry.of_grid((2, 2), patch_pixels=(4.0, 4.0), image=(8, 8))
-    assert layer.how in (how, "eager")  # without a kernel for such strides, torch writes scaled_dot_product_attention out itself
+    assert layer.how in (
+        how,
+        "eager",
+    )  # without a kernel for such strides, torch writes scaled_dot_product_attention out itself
 
     with torch.no_grad():
         q = (2 * model.patch_embed(images(BATCH, 8, 8))).unflatten(-1, (2, 4)).transpose(1, 2)

@@ -70,7 +70,9 @@ def test_other_spellings_are_the_same_attention(case):
     attend, names = ONE_MAP[case]
     model, x = Tokens(Mixer(lambda q, k, v: attend(q @ k.mT / 2, v).float())).eval(), images(BATCH, 8, 8)
     recorded = record(model, x, maps)
-    assert [(item.layer.name, item.layer.status, item.layer.reason) for item in recorded] == [(n, "ok", "") for n in names]
+    assert [(item.layer.name, item.layer.status, item.layer.reason) for item in recorded] == [
+        (n, "ok", "") for n in names
+    ]
     with torch.no_grad():
         q = (2 * model.patch_embed(x)).unflatten(-1, (2, 4)).transpose(1, 2)
         expected = (q @ (2 * q.roll(1, -1)).mT / 2).softmax(-1)

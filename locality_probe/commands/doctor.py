@@ -32,7 +32,6 @@ def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, 
         raise Typed("--families looks at its models on the CPU: leave --device away")
     if model:
         check_model(model)
-    import dataclasses
     import json
 
     from cil.progress import counter
@@ -47,7 +46,7 @@ def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, 
     subject = doctor.find(model, weights, pretrained)
     layers = doctor.examine_subject(subject, grid, prefix, device)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1))
+        click.echo(json.dumps([layer.as_dict() for layer in layers], indent=1))
     else:
         say(f"{subject.run}\n{doctor.format_layers(layers)}")
     if all(layer.status != "ok" for layer in layers):

@@ -36,7 +36,7 @@ prefix = click.option(
 )
 grid = click.option(
     "--grid",
-    metavar="ROWS,COLUMNS",
+    metavar="[FRAMES,]ROWS,COLUMNS",
     callback=lambda context, option, text: None if text is None else parse_grid(text),
     help="Grid of patches of the model, where it does not tell.",
 )

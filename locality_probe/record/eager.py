@@ -24,10 +24,18 @@ ELEMENTWISE = {  # besides the operators that aten itself tags as pointwise
 COPIES = {aten._unsafe_view.default, aten.index_select.default, aten.cat.default}
 NOISE = {aten.bernoulli_.float, aten.bernoulli_.Tensor, aten.bernoulli.default, aten.bernoulli.p}
 NOT_ONE = "its weights sum to {:.3g} where they meet the values, not to 1: it is no attention that D_loc is defined for"
-NEGATIVE = "its weights are negative in places, down to {:.2g}: they are no shares of attention (heads mixed, or subtracted)"
+NEGATIVE = (
+    "its weights are negative in places, down to {:.2g}: they are no shares of attention (heads mixed, or subtracted)"
+)
 KEYS_FIRST = "its keys meet the values before the queries (linear attention): there is no map of tokens on tokens"
 LOST = "what is done to its scores before they meet the values cannot be followed: heads mixed, or keys put in another order"
-MIXERS = {aten.mm.default, aten.addmm.default, aten.convolution.default, aten.native_layer_norm.default, aten.native_batch_norm.default}
+MIXERS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.convolution.default,
+    aten.native_layer_norm.default,
+    aten.native_batch_norm.default,
+}
 
 
 @dataclass
@@ -44,7 +52,11 @@ class Product:
     @property
     def keys_dim(self) -> int | None:
         """Along which dimension the keys are; None where that is not known."""
-        still = [d for d, (n, stride) in enumerate(zip(self.labels.shape, self.labels.stride(), strict=True)) if n > 1 and not stride]
+        still = [
+            d
+            for d, (n, stride) in enumerate(zip(self.labels.shape, self.labels.stride(), strict=True))
+            if n > 1 and not stride
+        ]
         return still[0] if len(still) == 1 else None
 
 
@@ -88,7 +100,7 @@ class Products:
     def follow(self, func, args: tuple, result: object, owner: object) -> None:
         """Note what became of the products: a new one, or an old one in another shape."""
         if func in PRODUCTS:
-            left, right = args[PRODUCTS[func] : PRODUCTS[func] + 2]
+            left = args[PRODUCTS[func]]
             if isinstance(result, Tensor) and result.shape[-1] > 1:
                 n, queries, keys = result.shape
                 labels = torch.arange(n * queries, device=result.device).view(n, queries, 1).expand(n, queries, keys)
@@ -101,10 +113,16 @@ class Products:
         first = args[0] if args else None
         flat = [x for x in (first if isinstance(first, (list, tuple)) else args) if isinstance(x, Tensor)]
         known, source = next(((self.known[x], x) for x in flat if x in self.known), (None, None))
-        if known is not None and func in MIXERS and isinstance(out := result[0] if isinstance(result, tuple) else result, Tensor):
+        if (
+            known is not None
+            and func in MIXERS
+            and isinstance(out := result[0] if isinstance(result, tuple) else result, Tensor)
+        ):
             self.known[out] = Product(known.query, known.labels, known.owner, None, True)
             return
-        if known is None or not (func.is_view or func in COPIES or func in ELEMENTWISE or torch.Tag.pointwise in func.tags):
+        if known is None or not (
+            func.is_view or func in COPIES or func in ELEMENTWISE or torch.Tag.pointwise in func.tags
+        ):
             return
         if func.is_view or func in COPIES:
             self._moved(func, args, known, source, result)
@@ -113,7 +131,9 @@ class Products:
         if not isinstance(out, Tensor) or out.shape != source.shape:
             return
         dropped = func is aten.native_dropout.default or any(x in self.noise for x in flat)
-        self.known[out] = Product(known.query, known.labels, known.owner, source if dropped else known.clean, known.lost)
+        self.known[out] = Product(
+            known.query, known.labels, known.owner, source if dropped else known.clean, known.lost
+        )
 
     def _moved(self, func, args: tuple, known: Product, source: Tensor, result: object) -> None:
         """A view or a copy in another shape: the labels, and the weights before dropout, go the same way."""

@@ -40,7 +40,11 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, read: Reader, grid: tuple[int, ...] | Grids | None = None, num_prefix_tokens: int | None = None
+        self,
+        model: nn.Module,
+        read: Reader,
+        grid: tuple[int, ...] | Grids | None = None,
+        num_prefix_tokens: int | None = None,
     ):
         self.model, self.read = plain(model), read
         model = self.model
@@ -80,15 +84,22 @@ class Recorder:
     def _ask(self, module: nn.Module, inputs: tuple) -> None:
         layer, name = cast(AttentionLayer, module), self.watch.names[module]
         found = asked_maps(layer, inputs)
-        batch, heads, queries, keys = found.shape
+        _, heads, queries, keys = found.shape
         size = None if self.image is None else tuple(self.image.shape[-2:])
-        pixels = None if size is None or len(layer.grid) != 2 else tuple(s / g for s, g in zip(size, layer.grid, strict=True))
+        pixels = (
+            None
+            if size is None or len(layer.grid) != 2
+            else tuple(s / g for s, g in zip(size, layer.grid, strict=True))
+        )
         geometry = Geometry.of_grid(layer.grid, layer.num_prefix_tokens, queries, pixels, size if pixels else None)
         times = sum(seen.partition("#")[0] == name for seen in self.seen)
         name = f"{name}#{times + 1}" if times else name
         about = Layer(-1, name, type(module).__name__, heads, geometry, how="asked", places="declared")
         if keys != about.keys:
-            self._skip(name, f"its {keys} keys are not {layer.num_prefix_tokens} prefix tokens + {' x '.join(map(str, layer.grid))} patches")
+            self._skip(
+                name,
+                f"its {keys} keys are not {layer.num_prefix_tokens} prefix tokens + {' x '.join(map(str, layer.grid))} patches",
+            )
         else:
             self._read(about, found)
 
@@ -106,7 +117,10 @@ class Recorder:
             self._skip(name, placed)
             return run()
         geometry, rows = placed.geometry, sighting.shape[0] * sighting.shape[1]
-        if rows != self.batch * placed.windows * placed.heads or (geometry.queries.shape[1], geometry.keys.shape[1]) != sighting.shape[2:]:
+        if (
+            rows != self.batch * placed.windows * placed.heads
+            or (geometry.queries.shape[1], geometry.keys.shape[1]) != sighting.shape[2:]
+        ):
             self._skip(name, f"its maps {list(sighting.shape)} are others than those whose places were observed")
             return run()
         assert sighting.maps is not None
@@ -139,12 +153,16 @@ class Recorder:
         rows = {item.layer.module for item in self.seen.values()}
         for module, name in names.items():
             inside = [names[other] for other in module.modules() if other is not module]
-            if looks_like_attention(module) and name not in rows and not any(
-                other in rows or looks_like_attention(self.model.get_submodule(other)) for other in inside
+            if (
+                looks_like_attention(module)
+                and name not in rows
+                and not any(other in rows or looks_like_attention(self.model.get_submodule(other)) for other in inside)
             ):
                 self._skip(name, "neither scaled_dot_product_attention nor softmax is seen in it")
         order = {name or type(module).__name__: place for place, (module, name) in enumerate(names.items())}
-        recorded = sorted(self.seen.values(), key=lambda item: order[item.layer.module])  # calls of one module stay in turn
+        recorded = sorted(
+            self.seen.values(), key=lambda item: order[item.layer.module]
+        )  # calls of one module stay in turn
         if not recorded:
             raise ValueError(f"{type(self.model).__name__} has no attention layer that can be seen")
         for index, item in enumerate(recorded):

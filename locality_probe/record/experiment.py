@@ -114,7 +114,9 @@ class Experiment:
             query, *parts = (self.response((x,)) for x in whole)
             key = sum_of(parts)
             shape = (sighting.shape[0] // self.at_once * self.batch, *sighting.shape[1:])
-            self.seen[name] = Seen(shape, self.batch, query, key, copies_of(torch.cat([x[0] for x in whole[1:]], -1)), tuple(parts))
+            self.seen[name] = Seen(
+                shape, self.batch, query, key, copies_of(torch.cat([x[0] for x in whole[1:]], -1)), tuple(parts)
+            )
             return sighting.output(self.own_values(sighting.values, query, key))
         return sighting.output(self.own_values(sighting.values, None, None, sighting.shape[2]))
 
@@ -144,7 +146,9 @@ class Experiment:
         """[B0, H0, K, d] -> [B0, H0, Q, d]: each query gets the value of its own token, or else of the key nearest to it;
         nothing, where it is not yet known where they are."""
         if query is None or key is None:
-            return values if queries == values.shape[2] else values.new_zeros(*values.shape[:2], queries, values.shape[3])
+            return (
+                values if queries == values.shape[2] else values.new_zeros(*values.shape[:2], queries, values.shape[3])
+            )
         if query.strength.shape[1] == key.strength.shape[1]:
             return values
         there = query.answered

@@ -109,6 +109,15 @@ class Layer:
         """A patch in parts of the input's side, the geometric mean of height and width; NaN where pixels are not known."""
         return self.patch_pixels / math.sqrt(math.prod(self.geometry.image)) if self.geometry.image else math.nan
 
+    def as_dict(self) -> dict[str, object]:
+        """What is known of the layer, in plain words and numbers."""
+        return {
+            "index": self.index, "name": self.name, "kind": self.kind, "status": self.status, "reason": self.reason,
+            "how": self.how, "places": self.places, "num_heads": self.num_heads, "grid": list(self.grid),
+            "extent": self.extent, "windows": self.geometry.windows, "queries": self.queries, "keys": self.keys,
+            "num_prefix_tokens": self.num_prefix_tokens, "causal": self.causal,
+        }  # fmt: skip
+
     def skipped(self, reason: str) -> Layer:
         return replace(self, status="skipped", reason=reason)
 

@@ -21,7 +21,9 @@ SMALL = 1e-3  # of the input's standard deviation: as small as float32 allows, f
 
 def inputs_of(args: tuple, kwargs: dict) -> list[Tensor]:
     """The different float tensors [B, N, C] that a module is called with."""
-    found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3]
+    found = [
+        x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3
+    ]
     return [x for n, x in enumerate(found) if all(x is not y for y in found[:n])]
 
 
@@ -80,13 +82,18 @@ def _digits(size: int, device: torch.device) -> list[Tensor]:
 class Inputs(Experiment):
     """The experiment once more, in which the layers of `linked` answer with the input tokens that they are of."""
 
-    linked: dict[str, tuple[nn.Module, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]] = field(default_factory=dict)
+    linked: dict[str, tuple[nn.Module, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]] = field(
+        default_factory=dict
+    )
     answers: dict[nn.Module, list[Response]] = field(default_factory=dict)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what the input tokens of the module answer."""
         inputs = [x for x in inputs_of(args, kwargs) if len(x) % self.at_once == 0]
-        whole = [self.whole(f"input {n} of {id(module)}", (x.unflatten(0, (self.at_once, -1)),)) for n, x in enumerate(inputs)]
+        whole = [
+            self.whole(f"input {n} of {id(module)}", (x.unflatten(0, (self.at_once, -1)),))
+            for n, x in enumerate(inputs)
+        ]
         if all(x is not None for x in whole):
             self.answers[module] = [self.response(x) for x in whole if x is not None]
 
@@ -109,6 +116,9 @@ class Inputs(Experiment):
             group, place = here.nonzero(as_tuple=True)
             window = group * windows // len(which)  # the heads of a window follow each other
             index = token[group, place]
-            new.strength[group, place], new.size[group, place] = answer.strength[window, index], answer.size[window, index]
+            new.strength[group, place], new.size[group, place] = (
+                answer.strength[window, index],
+                answer.size[window, index],
+            )
             new.moment[:, group, place] = answer.moment[:, window, index]
         return new

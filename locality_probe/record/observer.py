@@ -17,11 +17,20 @@ from locality_probe.record.links import Inputs, Links
 from locality_probe.record.places import BLURRED, Declared, Placed, declared_by, place, place_unseen
 from locality_probe.record.sighting import Sighting
 
-PASSES = 8, 50  # at most, for layers whose tokens are not clear after two: few channels need many draws of noise, and have
+PASSES = (
+    8,
+    50,
+)  # at most, for layers whose tokens are not clear after two: few channels need many draws of noise, and have
 PIXELS = 25 * 224 * 224  # small images mostly; of larger ones as many passes as make up these pixels, and 8 at least
 CLEAR = 0.03  # of the usual spacing: what is seen this sharply and is still not regular will not become so
 HALF = (torch.float16, torch.bfloat16)
-NAMES = ("pixel_values", "images", "image", "pixel_values_videos", "video")  # of inputs that are images before any other
+NAMES = (
+    "pixel_values",
+    "images",
+    "image",
+    "pixel_values_videos",
+    "video",
+)  # of inputs that are images before any other
 
 Grids = dict[str, tuple[int, ...]]  # prefix of a module's name -> grid
 
@@ -46,7 +55,11 @@ class Observer:
     def observe(self, inputs: tuple, named: dict, watch: Callable[[nn.Module, Experiment], Any]) -> None:
         """Make the experiment, unless it was made for inputs of this size: watch(model, experiment) is a watch on the model."""
         image = image_of(inputs, named)
-        companions = [x for x in tensors_of(inputs, named) if image is not None and x is not image and x.ndim and len(x) == len(image)]
+        companions = [
+            x
+            for x in tensors_of(inputs, named)
+            if image is not None and x is not image and x.ndim and len(x) == len(image)
+        ]
         key = None if image is None else (image.shape[1:], image.dtype, len(image) if companions else None)
         if key == self.key and key is not None and not companions:
             return
@@ -59,7 +72,9 @@ class Observer:
             self._experiment(image, inputs, named, watch, bool(companions))
 
     def _experiment(self, image: Tensor, inputs: tuple, named: dict, watch: Callable, companions: bool) -> None:
-        call = _Call(image, inputs, named, watch, list(range(len(image))) if companions else sorted({0, len(image) - 1}))
+        call = _Call(
+            image, inputs, named, watch, list(range(len(image))) if companions else sorted({0, len(image) - 1})
+        )
         try:
             with untouched(self.model) as model:
                 try:
@@ -86,8 +101,12 @@ class Observer:
             fewest, most = PASSES
             if len(passes) >= max(fewest, min(most, PIXELS // call.pixels)) or not blurred:
                 return
-            passes.append(call.run(model, Experiment(call.axes, at_once), len(passes))) if not linked else passes.append(
-                call.run(model, Inputs(call.axes, at_once, linked=linked), len(passes), {m for m, *_ in linked.values()})
+            passes.append(
+                call.run(model, Experiment(call.axes, at_once), len(passes))
+            ) if not linked else passes.append(
+                call.run(
+                    model, Inputs(call.axes, at_once, linked=linked), len(passes), {m for m, *_ in linked.values()}
+                )
             )
 
     def _links(self, model: nn.Module, call: _Call, silent: list[str]) -> dict:
@@ -117,7 +136,9 @@ class Observer:
         why = self.why or "it did not attend when places were observed"
         given = self.given(name)
         said, how = (given, "given") if given.grid else (declared_by(self.model, self.image), "declared")
-        said = Declared(said.grid, said.num_prefix_tokens if given.num_prefix_tokens is None else given.num_prefix_tokens)
+        said = Declared(
+            said.grid, said.num_prefix_tokens if given.num_prefix_tokens is None else given.num_prefix_tokens
+        )
         return place_unseen(sighting.shape, images, said, how, why)
 
 
@@ -139,7 +160,9 @@ class _Call:
     def pixels(self) -> int:
         return self.image.shape[-2] * self.image.shape[-1]
 
-    def run(self, model: nn.Module, experiment: Experiment, number: int, entered: Iterable[nn.Module] = ()) -> dict[str, Seen | str]:
+    def run(
+        self, model: nn.Module, experiment: Experiment, number: int, entered: Iterable[nn.Module] = ()
+    ) -> dict[str, Seen | str]:
         """One pass over an image and its changed copies; `entered`: modules whose inputs the experiment is shown."""
         row = self.rows[number % len(self.rows)]
         image = self.image[row]
@@ -149,7 +172,9 @@ class _Call:
         else:
             images = changed(image, axes_of(self.image), torch.Generator().manual_seed(number))
         handles = [
-            module.register_forward_pre_hook(lambda m, args, kwargs: experiment.enter(m, args, kwargs), with_kwargs=True)
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs: experiment.enter(m, args, kwargs), with_kwargs=True
+            )
             for module in entered
         ]
         try:
@@ -196,7 +221,7 @@ def axes_of(image: Tensor) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, or where it computes in half precision a copy in float32; buffers and random numbers come back as they were."""
+    """The model, or a copy in float32 of one in half precision; buffers and random numbers come back as they were."""
     half = any(p.dtype in HALF for p in model.parameters())
     used = copy.deepcopy(model).float() if half else model
     before = {} if half else {name: b.clone() for name, b in model.named_buffers()}
@@ -211,12 +236,14 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def blur(passes: list[dict[str, Seen | str]], name: str) -> float:
-    """The usual error of where a layer's tokens are seen, in spacings of as many in a square: half of the passes against the
-    other half."""
+    """The usual error of where a layer's tokens are seen, in spacings of as many in a square: half of the passes against
+    the other half."""
     seen = [found[name] for found in passes if isinstance(found.get(name), Seen)]
     halves = [[sum_of([getattr(s, side) for s in seen[start::2]]) for start in (0, 1)] for side in ("key", "query")]
     errors = [0.0]
     for one, other in halves:
         away = (one.places - other.places).abs()[one.answered & other.answered] / 2
-        errors.append(away.median().item() * (one.strength.numel() / max(1, seen[0].shape[1])) ** 0.5 if len(away) else 0.0)
+        errors.append(
+            away.median().item() * (one.strength.numel() / max(1, seen[0].shape[1])) ** 0.5 if len(away) else 0.0
+        )
     return max(errors)

@@ -28,9 +28,7 @@ SHIFT = 0.12  # of the spacing: heads that are farther from each other, on avera
 UNFIT = "its keys and its queries are at places that do not fit together"
 BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
-NO_IMAGE_TOKENS = (
-    "none of its keys is a place of the image: give grid=(N,) for a sequence, or grid={'its module': (N,)} for one tower"
-)
+NO_IMAGE_TOKENS = "none of its keys is a place of the image: give grid=(N,) for a sequence, or grid={'its module': (N,)} for one tower"
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def place_unseen(shape: tuple[int, int, int, int], images: int, said: Declared, 
     if said.grid is None:
         return f"{why}: give grid=(rows, columns) or (N,), and num_prefix_tokens"
     if not said.says(keys):
-        return f"its {keys} keys are not {said.num_prefix_tokens or 0} prefix tokens + {' x '.join(map(str, said.grid))} patches"
+        return f"its {keys} keys are not {said} patches"
     if batch != images and (batch * heads) % images:
         return f"it attends within parts of an image: {batch} of {images} images"
     if batch != images and heads != 1:
@@ -139,7 +137,9 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
             if isinstance(placed, str):
                 return placed
             geometry, whole = placed
-            problem = _contradiction(given, "given", geometry, whole) or _contradiction(declared, "declared", geometry, whole)
+            problem = _contradiction(given, "given", geometry, whole) or _contradiction(
+                declared, "declared", geometry, whole
+            )
             if problem:
                 return problem
             if math.prod(geometry.grid) == 1:
@@ -183,7 +183,11 @@ def _cells(
 
 
 def _agree(
-    single: Response, found: tuple[Lattice, np.ndarray], answered: Tensor, sorting: tuple[int, int, bool], shift: float = 0.5
+    single: Response,
+    found: tuple[Lattice, np.ndarray],
+    answered: Tensor,
+    sorting: tuple[int, int, bool],
+    shift: float = 0.5,
 ) -> bool:
     """Whether each head by itself sees the tokens where all together do: within half a spacing on average, and all of them
     not shifted by more than `shift`, as windows would be that were taken for heads."""
@@ -249,7 +253,7 @@ def _geometry(
 
 
 def _axes(fine: Lattice, count: int) -> list[int]:
-    """The axes that places are along: rows and columns, and in a video of [frames, channels] or [channels, frames] the frames."""
+    """The axes that places are along: rows and columns, and of a video, whose frames may come before channels, the frames."""
     if count == 2:
         return [0, 1]
     return [max(range(count - 2), key=lambda d: fine.shape[d]), count - 2, count - 1]

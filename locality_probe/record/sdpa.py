@@ -22,9 +22,7 @@ KERNELS = {
     "_scaled_dot_product_fused_attention_overrideable": ("attn_bias", "dropout_p", "is_causal"),
     "_scaled_dot_product_attention_math_for_mps": ("attn_mask", "dropout_p", "is_causal"),
 }
-OPERATORS = {
-    getattr(aten, name).default: names for name, names in KERNELS.items() if hasattr(aten, name)
-}
+OPERATORS = {getattr(aten, name).default: names for name, names in KERNELS.items() if hasattr(aten, name)}
 
 
 def sees(func, args: tuple, kwargs: dict) -> Sighting | None:
@@ -36,7 +34,15 @@ def sees(func, args: tuple, kwargs: dict) -> Sighting | None:
     given = dict(zip(names, rest, strict=False)) | kwargs
     mask = given.get("attn_mask", given.get("attn_bias"))
     whole = (*query.shape[:-1], key.shape[-2])
-    kernel = query, key, value, mask, bool(given.get("is_causal")), given.get("scale"), float(given.get("dropout_p") or 0)
+    kernel = (
+        query,
+        key,
+        value,
+        mask,
+        bool(given.get("is_causal")),
+        given.get("scale"),
+        float(given.get("dropout_p") or 0),
+    )
 
     def sorted_scores(sorting: Sorting) -> Scores:
         as_it_is = whole[:2] == (sorting.images * sorting.windows, sorting.heads)
@@ -77,6 +83,7 @@ class Scores(Maps):
         as_exact = query.dtype in (torch.float32, torch.float64) and query.device.type == "cpu" and dropout_p == 0
         self.replaces = replaces and as_exact and len(query) == len(value) and not torch.is_grad_enabled()
         self.out: Tensor | None = None  # what the kernel would return, once `visit` has worked it out
+
     def part(self, images: slice) -> Tensor:
         return fused_map(self.query, self.key, self.mask, self.causal, self.scale, images)
 

@@ -25,6 +25,7 @@ IRREGULAR = "its tokens are at no regular places of the image"
 CHANNELS = "each of its tokens is of the whole image, as where attention is between channels: there are no distances"
 QUERIES = "its queries are at no regular places of the image"
 SHIFT = 0.12  # of the spacing: heads that are farther from each other, on average over their tokens, are windows
+APART = 0.35  # of the spacing: so far from its place a token of another window is on average, where a shift wraps it around
 UNFIT = "its keys and its queries are at places that do not fit together"
 BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
@@ -189,8 +190,8 @@ def _agree(
     sorting: tuple[int, int, bool],
     shift: float = 0.5,
 ) -> bool:
-    """Whether each head by itself sees the tokens where all together do: within half a spacing on average, and all of them
-    not shifted by more than `shift`, as windows would be that were taken for heads."""
+    """Whether each head by itself sees the tokens where all together do: not far APART on average along any axis, and all of
+    them not shifted by more than `shift`, as windows would be that were taken for heads."""
     windows, heads, heads_first = sorting
     fitted, cells = found
     centres = np.stack([axis[cells[..., d]] for d, axis in enumerate(fitted.axes)], -1)  # [W, K, axes]
@@ -202,7 +203,7 @@ def _agree(
     use = strong & answered.numpy()[:, None]
     for window, head in itertools.product(range(windows), range(heads)):
         some = away[window, head][use[window, head]]
-        if len(some) and (np.abs(some).mean() > 0.5 or np.abs(some.mean(0)).max() > shift):
+        if len(some) and (np.abs(some).mean(0).max() > APART or np.abs(some.mean(0)).max() > shift):
             return False
     return True
 

@@ -137,7 +137,7 @@ class Geometry:
 
     @functools.cached_property
     def key_order(self) -> Tensor | None:
-        """Which key each place of the grid is, row by row: [product of grid]; None in windows, and where some place has none."""
+        """Which key each place of the grid is, row by row: [product of grid]; None in windows, or where some place has none."""
         return self._order(self.keys)
 
     @functools.cached_property

@@ -69,7 +69,8 @@ class Measurement:
             {"run": run, "task": task, "at_step": at_step, "layer": layer.index, "name": layer.name, "kind": layer.kind,
              "how": layer.how, "places": layer.places, "num_heads": layer.num_heads, "grid": "x".join(map(str, layer.grid)),
              "grid_rows": layer.grid[-2] if len(layer.grid) > 1 else 1, "grid_columns": layer.grid[-1],
-             "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens, "status": layer.status, "reason": layer.reason}
+             "extent": layer.extent, "num_prefix_tokens": layer.num_prefix_tokens, "status": layer.status,
+             "reason": layer.reason}
             for layer in self.layers
         ]  # fmt: skip
         return LAYERS.check(pd.DataFrame(rows, columns=list(LAYERS.columns)))

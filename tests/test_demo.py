@@ -22,6 +22,7 @@ def here(monkeypatch):
         signal.signal(kind, handler)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_finish(toy, tmp_path, monkeypatch):
     short = dataclasses.replace(toy, num_classes=4, epochs_first=1, epochs=1, finetune_epochs=0)
     bad = dataclasses.replace(short, lr_first=1e30, warmup_epochs=0, epochs_first=9)
@@ -37,6 +38,7 @@ def test_a_run_that_fails_is_named_and_the_others_finish(toy, tmp_path, monkeypa
     assert times[0] == times[1] and len(times[0]) == 4
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     """Nobody is left training after kill -9, so that the demo can be started again."""
     context = multiprocessing.get_context("spawn")

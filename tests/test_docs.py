@@ -69,6 +69,7 @@ def test_readme_python_runs(code, capsys, tmp_path, monkeypatch):
     assert "blocks.0.attn" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_python_of_the_page_on_extending_runs():
     """All blocks in one script: each goes on with what the ones above have entered."""
     page = (ROOT / "docs/extending.md").read_text()

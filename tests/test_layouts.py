@@ -37,11 +37,15 @@ def over_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 CALLS = {  # attention of q, k, v [B, W, H, n, d]
     "fused": merged(sdpa),
     "fused, five dimensions": sdpa,
-    "fused, heads in the batch": lambda q, k, v: sdpa(*(x.flatten(0, 2)[:, None] for x in (q, k, v)))[:, 0].unflatten(0, q.shape[:3]),
+    "fused, heads in the batch": lambda q, k, v: (
+        sdpa(*(x.flatten(0, 2)[:, None] for x in (q, k, v)))[:, 0].unflatten(0, q.shape[:3])
+    ),
     "fused, three dimensions": lambda q, k, v: sdpa(*(x.flatten(0, 2) for x in (q, k, v))).unflatten(0, q.shape[:3]),
     "heads before windows": lambda q, k, v: sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2),
     "written out": lambda q, k, v: weights(q, k) @ v,
-    "einsum": lambda q, k, v: torch.einsum("bwhij,bwhjd->bwhid", torch.einsum("bwhid,bwhjd->bwhij", q, k).div(q.shape[-1] ** 0.5).softmax(-1), v),
+    "einsum": lambda q, k, v: torch.einsum(
+        "bwhij,bwhjd->bwhid", (torch.einsum("bwhid,bwhjd->bwhij", q, k) / q.shape[-1] ** 0.5).softmax(-1), v
+    ),
     "values first": lambda q, k, v: (v.mT @ weights(q, k).mT).mT,
     "exp over sum": over_sum,
     "bmm": lambda q, k, v: torch.bmm(weights(q, k).flatten(0, 2), v.flatten(0, 2)).unflatten(0, q.shape[:3]),

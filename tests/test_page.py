@@ -26,6 +26,7 @@ def folder(tables, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_command_writes_each_figure_with_its_table_and_provenance_byte_by_byte_the_same(folder, tmp_path):
     digests = []
     for place in ("a", "b"):

@@ -36,6 +36,7 @@ def bars(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@pytest.mark.slow
 def test_own_figure_is_planned_drawn_written_and_reported(own_registries, tables, tmp_path):
     @artifact(
         "pace",
@@ -68,6 +69,7 @@ def test_own_figure_is_planned_drawn_written_and_reported(own_registries, tables
     assert isinstance(empty, NotRun)
 
 
+@pytest.mark.slow
 def test_own_claim_is_judged_and_on_page_and_report(own_registries, tables):
     @claim("C9", "training takes no time")
     def quick(tables, runs):

@@ -131,12 +131,14 @@ def test_it_says_what_the_tables_say(page, tables):
         assert f'<th scope="row">{run}</th>' in text
 
 
+@pytest.mark.slow
 def test_names_are_escaped(tables):
     runs = tables["runs.csv"].assign(torch="<script>alert(1)</script>")
     text = report.render(tables | {"runs.csv": runs}, build(tables), judge(tables))
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
 
 
+@pytest.mark.slow
 def test_without_attention_the_rest_is_there(tables):
     less = tables | {"attention.parquet": tables["attention.parquet"].iloc[:0]}
     text = report.render(less, build(less), judge(less))

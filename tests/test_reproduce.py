@@ -64,6 +64,7 @@ def again(out, *only, said=None, **options):
     return "\n".join(said)
 
 
+@pytest.mark.slow
 def test_everything_is_made(made):
     out, said = made
     for name in ARTIFACTS:
@@ -75,6 +76,7 @@ def test_everything_is_made(made):
     assert "not run" not in said
 
 
+@pytest.mark.slow
 def test_the_plan_comes_first_with_steps_images_and_time(made):
     out, said = made
     plan = said.split("\nmeasuring")[0]
@@ -86,6 +88,7 @@ def test_the_plan_comes_first_with_steps_images_and_time(made):
     assert int(row[4].replace(",", "")) == total["images"].sum()
 
 
+@pytest.mark.slow
 def test_repeated_it_does_nothing(made):
     out, _ = made
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -93,6 +96,7 @@ def test_repeated_it_does_nothing(made):
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_measured_runs_need_not_be_kept(made, tmp_path):
     out = shutil.copytree(made[0], tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
     assert again(out).startswith("nothing to do")
@@ -102,6 +106,7 @@ def test_measured_runs_need_not_be_kept(made, tmp_path):
     assert "0 runs to train" in said and (out / "report.html").is_file() and not (out / "runs").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_while_it_measures_it_goes_on_and_trains_nothing_again(made, tmp_path, monkeypatch):
     out = shutil.copytree(made[0], tmp_path / "out")
     study = Study(out / "tables")
@@ -123,6 +128,7 @@ def test_interrupted_while_it_measures_it_goes_on_and_trains_nothing_again(made,
     assert ("demo-baseline-s0", "spectrum") in study.done()
 
 
+@pytest.mark.slow
 def test_a_cluster_of_any_size_leaves_measuring_to_the_cores_of_this_machine(made, tmp_path, monkeypatch):
     out = shutil.copytree(made[0], tmp_path / "out")
     rows = Study(out / "tables").read("measurements.csv")
@@ -134,6 +140,7 @@ def test_a_cluster_of_any_size_leaves_measuring_to_the_cores_of_this_machine(mad
     assert seen == [min(len(os.sched_getaffinity(0)), 6)]
 
 
+@pytest.mark.slow
 def test_a_missing_run_is_trained_and_no_other(made, tmp_path):
     out = shutil.copytree(made[0], tmp_path / "out", ignore=shutil.ignore_patterns("demo-baseline-nlpa-1-s0"))
     for file in ("measurements.csv", "runs.csv", "accuracy.csv"):
@@ -145,6 +152,7 @@ def test_a_missing_run_is_trained_and_no_other(made, tmp_path):
     assert sorted(values.unique()) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_what_failed_is_said_at_the_end_and_the_rest_is_drawn(tiny, tmp_path, monkeypatch):
     bad = dataclasses.replace(recipes.find("demo-baseline"), scenario="B5-2")
     monkeypatch.setitem(recipes.RECIPES, "demo-dytox", lambda: dataclasses.replace(bad, method="dytox", seed=0))

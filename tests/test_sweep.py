@@ -352,6 +352,7 @@ def test_slurm_without_slurm(monkeypatch):
 # with processes
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_other(capsys):
     good, bad = make_jobs("demo-baseline", "demo-baseline-joint")
     bad = dataclasses.replace(bad, run=dataclasses.replace(bad.run, lr_first=1e30, epochs_first=9, warmup_epochs=0))
@@ -376,6 +377,7 @@ def run_sweep(jobs):
         os._exit(7)
 
 
+@pytest.mark.slow
 def test_killed_or_interrupted_it_takes_its_jobs_along_and_goes_on():
     (job,) = jobs = sweep.planned(make_jobs("demo-baseline", settings=["epochs_first=100000"]))
     endings = {

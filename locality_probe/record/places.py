@@ -25,11 +25,16 @@ IRREGULAR = "its tokens are at no regular places of the image"
 CHANNELS = "each of its tokens is of the whole image, as where attention is between channels: there are no distances"
 QUERIES = "its queries are at no regular places of the image"
 SHIFT = 0.12  # of the spacing: heads that are farther from each other, on average over their tokens, are windows
-APART = 0.35  # of the spacing: so far from its place a token of another window is on average, where a shift wraps it around
+APART = (
+    0.35  # of the spacing: so far from its place a token of another window is on average, where a shift wraps it around
+)
 UNFIT = "its keys and its queries are at places that do not fit together"
 BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
-NO_IMAGE_TOKENS = "none of its keys is a place of the image: give grid=(N,) for a sequence, or grid={'its module': (N,)} for one tower"
+NO_IMAGE_TOKENS = (
+    "none of its keys is a place of the image: give grid=(N,) for a sequence, "
+    "or grid={'its module': (N,)} for one tower"
+)
 
 
 @dataclass(frozen=True)

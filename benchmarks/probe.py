@@ -3,7 +3,8 @@
     python benchmarks/probe.py [--table time|memory] [--rounds 7] [--threads 1] [--bf16] [--only NAME]
 
 plain: the model as it is, fused. d_loc: a Probe for D_loc and the prefix mass; all: for every measure. extract: timm's
-AttentionExtract on a model that is not fused, and one einsum a layer, which is what there was.
+AttentionExtract on a model that is not fused, and one einsum a layer, which is what there was. first: the first batch of a
+Probe, with the passes that find where tokens are.
 time: variants in turn in one process; median milliseconds, and medians of the ratios within a round.
 memory: peak of a fresh process over its peak with the plain forward pass, which holds the weights too.
 How exact it is, is in tests/test_probe.py.
@@ -33,7 +34,7 @@ MODELS = {  # name: (pixels, images)
     "vit_base_patch16_224": (224, 16),
     "vit_small_patch14_reg4_dinov2": (518, 4),
 }
-GOALS = {224: {"d_loc": 1.1}, 518: {"d_loc": 1.2}}  # times plain; and extract at least 2.5 times d_loc at 518
+GOALS = {224: {"d_loc": 1.08, "all": 1.2}, 518: {"d_loc": 1.15, "all": 1.3}}  # times plain; ViT-B: 1.05 and 1.15
 
 
 def make(name: str, fused: bool = True) -> torch.nn.Module:
@@ -45,10 +46,23 @@ def make(name: str, fused: bool = True) -> torch.nn.Module:
     return model
 
 
-def probed(model, images, measures) -> None:
+def probed(model, images, measures):
+    """A batch measured by a Probe that has seen such a batch before: places are observed once for each size of input."""
+    probe = Probe(model, measures=measures).__enter__()
+    probe.update(images)
+
+    def run():
+        probe._seen.clear()
+        probe.update(images)
+        probe.result()
+
+    return run
+
+
+def observed(model, images, measures) -> None:
+    """The first batch, with the experiment that finds where tokens are."""
     with Probe(model, measures=measures) as probe:
         probe.update(images)
-    probe.result()
 
 
 def variants(name: str, images: torch.Tensor, wanted: list[str]) -> dict:
@@ -68,8 +82,9 @@ def variants(name: str, images: torch.Tensor, wanted: list[str]) -> dict:
     model = make(name)
     every = {
         "plain": lambda: lambda: model(images),
-        "d_loc": lambda: lambda: probed(model, images, ("d_loc", "prefix_mass")),
-        "all": lambda: lambda: probed(model, images, MEASURES),
+        "d_loc": lambda: probed(model, images, ("d_loc", "prefix_mass")),
+        "all": lambda: probed(model, images, MEASURES),
+        "first": lambda: lambda: observed(model, images, ("d_loc", "prefix_mass")),
         "extract": extract,
     }
     return {key: every[key]() for key in wanted}
@@ -80,11 +95,11 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 def times(names: list[str], args) -> None:
-    print(f"{'ms, then times plain; ! misses its goal':42}{'plain':>9}{'d_loc':>9}{'all':>9}{'extract':>9}")
+    print(f"{'ms, then times plain; ! misses its goal':42}{'plain':>9}{'d_loc':>9}{'all':>9}{'extract':>9}{'first':>9}")
     for name in names:
         size, batch = MODELS[name]
         images = torch.randn(batch, 3, size, size)
-        runs = variants(name, images, ["plain", "d_loc", "all", "extract"])
+        runs = variants(name, images, ["plain", "d_loc", "all", "extract", "first"])
         spent = {key: [] for key in runs}
         for turn in range(args.rounds + 1):
             for key, run in runs.items():

@@ -15,6 +15,9 @@ from locality_probe.record.asked import offers_map
 from locality_probe.record.eager import Products
 from locality_probe.record.sighting import Consumer, Sighting
 
+# Ways to see attention in one operator: sees(func, args, kwargs) -> Sighting, or None for an operator of another kind.
+BACKENDS: list[Callable[[Any, tuple, dict], Sighting | None]] = [sdpa.sees, kernels.sees]
+
 
 class Watch(TorchDispatchMode):
     """Sees the operators that a model runs and gives each attention among them to a consumer, under the name of its module.
@@ -78,7 +81,7 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.silent or not self.running:
             return func(*args, **kwargs)
-        sighting = sdpa.sees(func, args, kwargs) or kernels.sees(func, args, kwargs)
+        sighting = next((seen for sees in BACKENDS if (seen := sees(func, args, kwargs)) is not None), None)
         owner: object = self.running[-1]
         if sighting is None and (seen := self.products.sees(func, args, kwargs)):
             sighting, began = seen

@@ -25,6 +25,7 @@ coverage: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 figures: $(VENV)/installed
 	$(BIN)/python -m figures data/results/demo

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 _batch: tuple[int, Tensor] | None = None  # (rows of the global batch, this process's among them), inside `batch`
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -126,7 +129,7 @@ def anywhere(flag: bool) -> bool:
     return bool(flags)
 
 
-def once(function: Callable, *args: object) -> object:
+def once(function: Callable[..., Result], *args: object) -> Result:
     """function(*args) in process 0, while the others wait; they get what it returned.
 
     Raises what the function raises, and in the others ChildProcessError with its words.

@@ -88,7 +88,7 @@ def measure(
     Raises ValueError as `compare` and `survey` do.
     """
     result = survey((make() for make in plan.subjects), plan.images, device, report)
-    sides = [tuple(side_of(path) for path in pair) for pair in pairs]
+    sides = [(side_of(first), side_of(second)) for first, second in pairs]
     return compare(result.per_image, result.nonlocality, sides)
 
 
@@ -101,7 +101,8 @@ def _verdict(low: float, high: float, margin: float) -> str:
 def _cells(nonlocality: pd.DataFrame, pairs: list[tuple[Side, Side]]) -> tuple[list[tuple[tuple[int, int], int]], dict]:
     """[((task of the first, of the second), layer)] that every pair has, and D_uniform by layer."""
     rows = nonlocality[nonlocality["task"] != INITIAL].drop_duplicates(["run", "task", "layer"])
-    common, uniform = None, {}
+    common: set | None = None
+    uniform: dict[int, float] = {}
     for pair in pairs:
         sides = [rows[(rows["run"] == run) & ((rows["task"] == task) | (task is None))] for run, task in pair]
         shapes = [dict(zip(side["layer"], side["d_uniform"], strict=False)) for side in sides]

@@ -10,7 +10,7 @@ from torch import nn
 
 from cil import checkpoint, text
 from locality_probe.probe import NO_PATCHES
-from locality_probe.record import Layer, Recorder
+from locality_probe.record import Grids, Layer, Recorder
 from locality_probe.subject import Subject, from_file, from_model_option, from_run
 from locality_probe.typed import Typed, check_model
 
@@ -20,13 +20,13 @@ BATCH = 2  # with one image alone, windows could not be told from images
 def examine(
     model: nn.Module,
     *inputs: object,
-    grid: tuple[int, ...] | None = None,
+    grid: tuple[int, ...] | Grids | None = None,
     num_prefix_tokens: int | None = None,
     **named: object,
 ) -> list[Layer]:
     """Every attention layer of `model` as it runs on `inputs` ([2, ...] at least), measured or skipped with its reason.
 
-    Raises ValueError for a model without attention or with compiled parts.
+    Raises ValueError for a model without attention.
     """
     recorder = Recorder(model, lambda layer, maps: {}, grid, num_prefix_tokens)
     recorder.forward(*inputs, **named)

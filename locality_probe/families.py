@@ -100,7 +100,7 @@ def families() -> Iterator[tuple[str, str, str, Callable[[], list[Layer]]]]:
                     model, input_ids=ids, pixel_values=torch.randn(BATCH, 3, 64, 64), grid={"text_model": (TEXT,)}
                 )
             if name == "Siglip2Vision":  # patches, and how many rows and columns each image has of them
-                masks = {
+                masks: dict[str, Any] = {
                     "pixel_attention_mask": torch.ones(BATCH, 16).long(),
                     "spatial_shapes": torch.full((BATCH, 2), 4),
                 }

@@ -49,7 +49,7 @@ class Geometry:
 
     def __init__(
         self, queries: Tensor, keys: Tensor, grid: tuple[int, ...], patch_pixels: tuple[float, ...] | None = None,
-        image: tuple[int, int] | None = None,
+        image: tuple[int, ...] | None = None,
     ):  # fmt: skip
         self.queries, self.keys, self.grid = queries.double(), keys.double(), tuple(grid)
         self.patch_pixels, self.image = patch_pixels, image
@@ -61,7 +61,7 @@ class Geometry:
     @classmethod
     def of_grid(
         cls, grid: tuple[int, ...], num_prefix_tokens: int = 0, queries: int | None = None,
-        patch_pixels: tuple[float, ...] | None = None, image: tuple[int, int] | None = None,
+        patch_pixels: tuple[float, ...] | None = None, image: tuple[int, ...] | None = None,
     ) -> Geometry:  # fmt: skip
         """Tokens that have no place, then the patches of a grid in row-major order; queries: how many, where they are not
         the keys, and then none of them has a place."""

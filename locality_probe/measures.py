@@ -108,7 +108,7 @@ class Sums:
                 received = None if self.received is None else self.received[index, heads]
                 add(window, attention[chosen.to(attention.device)], rows, received, first)
                 self.rows[index, heads, first : first + n] = rows
-                if self.received is not None:
+                if self.received is not None and received is not None:
                     self.received[index, heads] = received
 
     def _add(self, window: int, attention: Tensor, rows: Tensor, received: Tensor | None, first: int) -> None:
@@ -122,7 +122,7 @@ class Sums:
             places = _centred(geometry, window, attention.dtype, attention.device)
             rows[..., self.place :] = (attention.view(-1, keys) @ places).view(b, h, q, -1)
         front = _in_front(geometry, window)
-        placed = geometry.placed_keys[window].to(attention.device) if front is None else None
+        placed = geometry.placed_keys[window].to(attention.device)
         if "prefix_mass" in self.wanted and front != 0:
             elsewhere = attention[..., :front] if front else attention[..., ~placed]
             rows[..., at["prefix"]] = elsewhere.sum(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cil.tables import AFTER
 from locality_probe.measures import MEASURES, Sums, check_measures
-from locality_probe.record import Layer, Maps, Recorded, Recorder, plain
+from locality_probe.record import Grids, Layer, Maps, Recorded, Recorder, plain
 from locality_probe.tables import LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
 
 NO_PATCHES = "only class or task tokens are queries: there is no attention between patches"
@@ -96,7 +96,7 @@ class Probe:
     """
 
     def __init__(
-        self, model: nn.Module, grid: tuple[int, ...] | None = None, num_prefix_tokens: int | None = None,
+        self, model: nn.Module, grid: tuple[int, ...] | Grids | None = None, num_prefix_tokens: int | None = None,
         measures: tuple[str, ...] = MEASURES,
     ):  # fmt: skip
         self.model, self.grid, self.num_prefix_tokens = model, grid, num_prefix_tokens

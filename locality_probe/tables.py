@@ -36,12 +36,12 @@ _SHARES = {  # of locality_probe.measures.measure_attention, which has the equat
     "d_time": ("float64", "of a video: attended distance between frames, frames; empty for images"),
     "d_space": ("float64", "of a video: attended distance over rows and columns, patches; empty for images"),
 }
-_NEW_SHARES = {name: math.nan for name in ("sink_mass", "d_loc_no_sinks", "d_time", "d_space")}
+_NEW_SHARES: dict[str, object] = {name: math.nan for name in ("sink_mass", "d_loc_no_sinks", "d_time", "d_space")}
 
 NONLOCALITY = Table(
     "nonlocality",
     keys=_HEAD | _AT_STEP,
-    added={"at_step": AFTER, "d_loc_pixels": math.nan, "d_loc_side": math.nan} | _NEW_SHARES,
+    added=_NEW_SHARES | {"at_step": AFTER, "d_loc_pixels": math.nan, "d_loc_side": math.nan},
     values={
         "pair": ("str", "name that an incremental run shares with its joint twins: the incremental run's"),
         "training": ("str", "incremental | joint (a model a task) | joint-terminal | joint-as-long | model (no run)"),
@@ -66,7 +66,7 @@ NONLOCALITY = Table(
 NONLOCALITY_IMAGES = Table(
     "nonlocality_images",
     keys=_HEAD | _AT_STEP | {"image": ("int64", "index of the image in its source: see measurement.json")},
-    added={"at_step": AFTER} | _NEW_SHARES,
+    added=_NEW_SHARES | {"at_step": AFTER},
     values={"d_loc": ("float32", "nonlocality of this image, patches")}
     | {name: ("float32", meaning) for name, (_, meaning) in _SHARES.items()},
 )
@@ -121,8 +121,11 @@ def compared(comparison: pd.DataFrame) -> tuple[str, str]:
     first = comparison.iloc[0]
     if first["task"] == first["other_task"]:
         return first["run"], first["other"]
-    sides = ((first["run"], first["task"]), (first["other"], first["other_task"]))
-    return tuple(" + ".join(f"{run}:{task}" for run in runs.split(" + ")) for runs, task in sides)
+
+    def name(runs: str, task: int) -> str:
+        return " + ".join(f"{run}:{task}" for run in runs.split(" + "))
+
+    return name(first["run"], first["task"]), name(first["other"], first["other_task"])
 
 
 _FEATURES = {

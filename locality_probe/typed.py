@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Typed(ValueError):
     """A word or a number that the user gave is wrong: the command line ends with exit code 2, for other ValueErrors with 1."""
 
 
-def typed(call: Callable, *args: object) -> object:
+def typed(call: Callable[..., Result], *args: object) -> Result:
     """Returns call(*args). Raises Typed for its ValueError, which is about what the user gave."""
     try:
         return call(*args)
@@ -118,7 +120,9 @@ def split_checkpoint(spec: str) -> tuple[str, str | None]:
     """
     from cil.files import check_run
 
-    path, which = re.fullmatch(r"(.*?)(?::(init|all|\d+))?", spec, re.DOTALL).groups()
+    matched = re.fullmatch(r"(.*?)(?::(init|all|\d+))?", spec, re.DOTALL)
+    assert matched is not None  # whatever is written: the first group takes it
+    path, which = matched.groups()
     run, _, wrong = path.rpartition(":")
     if wrong and Path(run, "run.json").is_file():
         raise Typed(f"no task {wrong!r} of {run}: a number, init or all")

@@ -18,4 +18,4 @@ def recipes_command(text) -> None:
     if not found:
         raise Typed(f"no recipe holds {text!r}; `locality-probe recipes` lists them")
     for name, function in found.items():
-        click.echo(f"{name}\n    {' '.join(function.__doc__.split())}")
+        click.echo(f"{name}\n    {' '.join((function.__doc__ or '').split())}")

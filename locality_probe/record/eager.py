@@ -120,8 +120,10 @@ class Products:
         ):
             self.known[out] = Product(known.query, known.labels, known.owner, None, True)
             return
-        if known is None or not (
-            func.is_view or func in COPIES or func in ELEMENTWISE or torch.Tag.pointwise in func.tags
+        if (
+            known is None
+            or source is None
+            or not (func.is_view or func in COPIES or func in ELEMENTWISE or torch.Tag.pointwise in func.tags)
         ):
             return
         if func.is_view or func in COPIES:

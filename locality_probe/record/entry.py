@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
 
 from locality_probe.geometry import Geometry
 from locality_probe.record import maps
@@ -20,11 +21,6 @@ from locality_probe.record.maps import Maps, Measure, Reader, slices
 from locality_probe.record.observer import Grids, Observer, image_of, tensors_of
 from locality_probe.record.sighting import Run, Sighting
 from locality_probe.record.watch import Watch, looks_like_attention
-
-try:
-    from torch.nn.attention import flex_attention as flex
-except ImportError:  # a torch that has none
-    flex = None
 
 
 class _NotPlaced(Exception):

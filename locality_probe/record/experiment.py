@@ -132,15 +132,14 @@ class Experiment:
 
     def response(self, tokens: tuple[Tensor, ...]) -> Response:
         """tokens: each [batch, G, N, d], the image and its changed copies in turn -> their answers, summed over d."""
-        strength, moment, size = 0, 0, 0
+        answers = []
         for x in tokens:
             x = x.double()
             change = (x[1:] - x[:1]).unflatten(0, (DRAWS, 1 + self.axes))
             first, rest = change[:, :1], change[:, 1:]
-            strength = strength + first.square().sum(-1).sum((0, 1))
-            moment = moment + (rest * first).sum(-1).sum(0)
-            size = size + DRAWS * x[0].square().sum(-1)
-        return Response(strength.cpu(), moment.cpu(), size.cpu())
+            strength, moment = first.square().sum(-1).sum((0, 1)), (rest * first).sum(-1).sum(0)
+            answers.append(Response(strength.cpu(), moment.cpu(), (DRAWS * x[0].square().sum(-1)).cpu()))
+        return sum_of(answers)
 
     def own_values(self, values: Tensor, query: Response | None, key: Response | None, queries: int = 0) -> Tensor:
         """[B0, H0, K, d] -> [B0, H0, Q, d]: each query gets the value of its own token, or else of the key nearest to it;

@@ -113,7 +113,8 @@ def _layout(run: Callable[[Tensor], Tensor], query: Tensor, value: Tensor) -> _L
     out = run(changed).abs().amax(-1)  # where the first value of all arrives
     others = [d for d in range(out.ndim) if (out.amax([n for n in range(out.ndim) if n != d]) > 0).sum() > 1]
     if value.ndim == 3:
-        return {(0,): _Layout(0, 1, 3), (1,): _Layout(1, None, 3)}.get(tuple(others), "its layout cannot be told")
+        one = others[0] if len(others) == 1 else -1
+        return {0: _Layout(0, 1, 3), 1: _Layout(1, None, 3)}.get(one, "its layout cannot be told")
     of_heads = [d for d in (1, 2) if value.shape[d] != query.shape[d]]  # grouped queries
     tokens = [d for d in others if d in (1, 2) and d not in of_heads]
     if 0 in others or len(tokens) != 1:

@@ -126,7 +126,7 @@ class Observer:
         declared = declared_by(self.model, call.image)
         lengths = tuple(call.image.shape[1 + axis] for axis in axes_of(call.image))
         for name, first in passes[0].items():
-            seen = [found[name] for found in passes if isinstance(found.get(name), Seen)]
+            seen = answers_of(passes, name)
             self.places[name] = first if isinstance(first, str) else place(seen, self.given(name), declared, lengths)
 
     def of(self, name: str, sighting: Sighting, images: int) -> Placed | str:
@@ -171,12 +171,11 @@ class _Call:
             images = image[None].expand(experiment.batch, *image.shape)
         else:
             images = changed(image, axes_of(self.image), torch.Generator().manual_seed(number))
-        handles = [
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs: experiment.enter(m, args, kwargs), with_kwargs=True
-            )
-            for module in entered
-        ]
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            return experiment.enter(module, args, kwargs) if isinstance(experiment, (Links, Inputs)) else None
+
+        handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in entered]
         try:
             for some in images.split(experiment.at_once):
                 torch.manual_seed(number)
@@ -235,10 +234,15 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
                     b.copy_(before[name])
 
 
+def answers_of(passes: list[dict[str, Seen | str]], name: str) -> list[Seen]:
+    """What a layer answered in each pass in which it attended."""
+    return [seen for found in passes if isinstance(seen := found.get(name), Seen)]
+
+
 def blur(passes: list[dict[str, Seen | str]], name: str) -> float:
     """The usual error of where a layer's tokens are seen, in spacings of as many in a square: half of the passes against
     the other half."""
-    seen = [found[name] for found in passes if isinstance(found.get(name), Seen)]
+    seen = answers_of(passes, name)
     halves = [[sum_of([getattr(s, side) for s in seen[start::2]]) for start in (0, 1)] for side in ("key", "query")]
     errors = [0.0]
     for one, other in halves:

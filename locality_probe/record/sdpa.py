@@ -34,28 +34,22 @@ def sees(func, args: tuple, kwargs: dict) -> Sighting | None:
     given = dict(zip(names, rest, strict=False)) | kwargs
     mask = given.get("attn_mask", given.get("attn_bias"))
     whole = (*query.shape[:-1], key.shape[-2])
-    kernel = (
-        query,
-        key,
-        value,
-        mask,
-        bool(given.get("is_causal")),
-        given.get("scale"),
-        float(given.get("dropout_p") or 0),
-    )
+    options = bool(given.get("is_causal")), given.get("scale"), float(given.get("dropout_p") or 0)
 
     def sorted_scores(sorting: Sorting) -> Scores:
-        as_it_is = whole[:2] == (sorting.images * sorting.windows, sorting.heads)
-        q, k, v, m = (x if x is None or as_it_is else sorting(_full(x, whole)) for x in kernel[:4])
-        return Scores(q, k, v, m, *kernel[4:], replaces=as_it_is)
+        if whole[:2] == (sorting.images * sorting.windows, sorting.heads):
+            return Scores(query, key, value, mask, *options, replaces=True)
+        q, k, v = (sorting(_full(x, whole)) for x in (query, key, value))
+        return Scores(q, k, v, None if mask is None else sorting(_full(mask, whole)), *options)
 
     def output(out: Tensor) -> object:
-        """As the kernel lays it out: the output, log-sum-exp (which only its backward pass reads) and what else it returns."""
-        kept = func.__name__.startswith("_scaled_dot_product_flash_attention_for_cpu")
-        extra = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-        return (out, extra) if kept else (out, *(None,) * (len(func._schema.returns) - 1))
+        """As the kernel returns it: with the log-sum-exp, which only its backward pass reads; of other kernels with all that
+        else they return."""
+        if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            return out, query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        return (out, *func(*args, **kwargs)[1:])
 
-    scores = Scores(*kernel)
+    scores = Scores(query, key, value, mask, *options)
     return Sighting("sdpa", whole, _full(query, whole), (_full(key, whole), _full(value, whole)), _full(value, whole),
                     sorted_scores, output, causal=lambda: is_causal_map(scores))  # fmt: skip
 

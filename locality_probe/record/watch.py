@@ -82,10 +82,12 @@ class Watch(TorchDispatchMode):
         if self.silent or not self.running:
             return func(*args, **kwargs)
         sighting = next((seen for sees in BACKENDS if (seen := sees(func, args, kwargs)) is not None), None)
-        owner: object = self.running[-1]
-        if sighting is None and (seen := self.products.sees(func, args, kwargs)):
-            sighting, began = seen
-            owner = self.running[-1] if began in self.running else owner
+        if sighting is None and (product := self.products.sees(func, args, kwargs)):
+            sighting, began = product
+            if (
+                sighting.by_name and began not in self.running
+            ):  # products of parts that have ended: no attention of this one
+                sighting = None
         if sighting is not None:
             return self.consumer(self._name(sighting), sighting, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)

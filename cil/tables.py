@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -24,7 +23,7 @@ class Table:
     name: str
     keys: dict[str, tuple[str, str]]
     values: dict[str, tuple[str, str]]
-    added: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, object] = field(default_factory=dict)
     renamed: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property

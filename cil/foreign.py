@@ -9,6 +9,7 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.models.convit import ConVit
 from torch import Tensor, nn
@@ -34,7 +35,17 @@ NAMES = [
 ]
 
 
-HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+# What trainers save beside weights: arguments, paths of either system, numpy's numbers. They hold values and run nothing.
+HARMLESS: list = [
+    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.WindowsPath,
+    pathlib.Path, pathlib.PurePath, np.dtype, np.ndarray, np.core.multiarray.scalar if np.__version__ < "2" else
+    np._core.multiarray.scalar, *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
+]  # fmt: skip
+# Where a checkpoint has its weights, the most wanted first: averages (as DINO's and timm's evaluation take them), then states.
+CONTAINERS = (
+    "teacher", "model_ema", "state_dict_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model_state",
+    "model", "module", "backbone", "encoder", "net", "network", "student", "params",
+)  # fmt: skip
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,9 +121,12 @@ def _architecture(state: dict[str, Tensor]) -> tuple[Run, int, list[int]]:
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth file, without unpickling objects; under `model` or `state_dict` if it is nested.
+    """The state dict in a .pth file, as `open_pth` finds it."""
+    return open_pth(path)[0]
 
-    Trainers of this family save their arguments beside it: a Namespace and paths, which hold values and run nothing.
+
+def open_pth(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a .pth file, without unpickling objects, and the keys of CONTAINERS that it is under, if it is nested.
 
     Raises ValueError for a file that is truncated, something else, or holds more than weights.
     """
@@ -130,10 +144,18 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception:  # torch raises a different class for each way in which a file is torn
         raise ValueError(f"{path} is truncated or no .pth file") from None
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    if not named or not content:
+    where: list[str] = []
+    while isinstance(content, dict) and not _is_state(content):
+        key = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
+        if key is None:
+            break
+        content = content[key]
+        where.append(key)
+    if not isinstance(content, dict) or not _is_state(content):
         raise ValueError(f"{path} holds no state dict")
-    return content
+    return dict(content), ".".join(where)
+
+
+def _is_state(content: dict) -> bool:
+    """Whether a dict is of tensors by name, and of nothing else."""
+    return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())

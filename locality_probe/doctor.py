@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,7 +35,12 @@ def examine(
     return [x if x.status != "ok" or x.between_patches else x.skipped(NO_PATCHES) for x in layers]
 
 
-def find(model: str, weights: Path | None = None, pretrained: bool = False) -> Subject:
+def find(
+    model: str,
+    weights: Path | None = None,
+    pretrained: bool = False,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> Subject:
     """A run directory (its last task), a weights file, or LIBRARY/NAME. Raises ValueError for anything else."""
     path = Path(model)
     if path.is_file() or path.is_dir():
@@ -46,7 +52,7 @@ def find(model: str, weights: Path | None = None, pretrained: bool = False) -> S
         directory.require()
         return from_run(directory, directory.tasks[-1])
     check_model(model)
-    return from_model_option(model, weights, pretrained, warn=lambda sentence: None)
+    return from_model_option(model, weights, pretrained, warn)
 
 
 def examine_subject(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from cil import augment, checkpoint, data, foreign, models
 from cil.checkpoint import RunDir
 from cil.tables import AFTER
+from locality_probe import weights as weights_of
+from locality_probe.hf import preprocessing
 from locality_probe.tables import INITIAL
 from locality_probe.typed import LIBRARIES, Typed, split_model, typed
 
@@ -35,8 +37,9 @@ class Subject:
     settings: str = ""  # of its run, less the seed: runs that share them are one experiment
     seed: int = 0
     at_step: int = AFTER  # of a checkpoint inside the task: the steps that the network has taken
-    grid: tuple[int, ...] | None = None  # where the network does not tell
+    grid: tuple[int, ...] | None = None  # where it is given
     num_prefix_tokens: int | None = None
+    notes: tuple[str, ...] = ()  # what was read, left out or taken for granted, in sentences
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Any Pillow image -> float [3, H, W]."""
@@ -64,12 +67,26 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
     import timm
 
     typed(models.check_timm, name)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = fetched(name, lambda: timm.create_model(name, pretrained=pretrained))
-    if weights is not None:
-        checkpoint.load_weights(model, read_weights(weights), weights)
+
+    def make(size: int | None) -> nn.Module:
+        options = {} if size is None else {"img_size": size}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return fetched(name, lambda: timm.create_model(name, pretrained=pretrained, **options))
+
+    if weights is None:
+        model, said = make(None), []
+    else:
+        read = weights_of.read(weights)
+        classifiers = timm.get_pretrained_cfg(name).classifier or "head"
+        heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+        model, said = weights_of.load(make, read, (*heads, "head", "fc")), read.said
     config = timm.data.resolve_model_data_config(model)
+    if isinstance(size := getattr(getattr(model, "patch_embed", None), "img_size", None), tuple):
+        config["input_size"] = (
+            config["input_size"][0],
+            *size,
+        )  # of a network that was made for another size than its name's
     transform = timm.data.create_transform(**config, is_training=False)
     crop = [
         step
@@ -82,7 +99,7 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
             image = step(image)
         return image
 
-    return Subject(name, name, "model", 0, model.eval(), cut, config["mean"], config["std"])
+    return Subject(name, name, "model", 0, model.eval(), cut, config["mean"], config["std"], notes=tuple(said))
 
 
 def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
@@ -96,26 +113,31 @@ def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = 
     if name not in list_models():
         near = difflib.get_close_matches(name, list_models(), n=3)
         raise Typed(f"torchvision has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None))
-    if weights is not None:
-        checkpoint.load_weights(model, read_weights(weights), weights)
+
+    def make(size: int | None) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None))
+
+    read = None if weights is None else weights_of.read(weights)
+    model = make(None) if read is None else weights_of.load(make, read, ("heads", "head", "fc", "classifier"))
     preset = get_model_weights(name).DEFAULT.transforms()
 
     def crop(image: Image.Image) -> Image.Image:
         resized = functional.resize(image, preset.resize_size, preset.interpolation)
         return functional.center_crop(resized, preset.crop_size)
 
-    return Subject(name, name, "model", 0, model.eval(), crop, tuple(preset.mean), tuple(preset.std))
+    notes = () if read is None else tuple(read.said)
+    return Subject(name, name, "model", 0, model.eval(), crop, tuple(preset.mean), tuple(preset.std), notes=notes)
 
 
 def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -> Subject:
     """A HuggingFace vision model: a folder that save_pretrained wrote, or with `pretrained` a name on the hub.
 
-    CLIP and SigLIP are their vision towers. Only safetensors are read, and no code that comes with a model. Images are
-    scaled to config.image_size and normalised as preprocessor_config.json says, or else with ImageNet's mean and std.
-    Raises ValueError where transformers is not installed, for a folder without such a model, and for `weights`.
+    CLIP and SigLIP are their vision towers. Only safetensors are read, and no code that comes with a model. Images are scaled,
+    cut and normalised as processor_config.json or preprocessor_config.json says; without one `notes` says what is done.
+    Raises ValueError where transformers is not installed, for a folder without such a model or with tensors missing or not
+    finite, and for `weights`.
     """
     if weights is not None:
         raise ValueError("hf/FOLDER brings its own weights: leave --weights away")
@@ -127,20 +149,35 @@ def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -
     if not pretrained and not (folder / "config.json").is_file():
         raise ValueError(f"{place} is no folder with a config.json; --pretrained fetches hf/{place} from the hub")
     transformers.utils.logging.set_verbosity_error()
-    model: Any = fetched(
-        place, lambda: transformers.AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    loaded: Any = fetched(place, lambda: transformers.AutoModel.from_pretrained(place, **options))
+    model, info = loaded
+    missing = sorted(name for name in info["missing_keys"] if not weights_of.HEADS.match(name.split(".", 1)[-1])
+                     and not weights_of.HEADS.match(name))  # fmt: skip
+    if missing:
+        raise ValueError(f"{place} lacks {len(missing)} tensors of its model, like {missing[0]}, which would be random")
+    bad = next(
+        (name for name, p in model.state_dict().items() if p.is_floating_point() and not p.isfinite().all()), None
     )
+    if bad is not None:
+        raise ValueError(f"{place} holds NaN or infinite values in {bad}")
     model = getattr(model, "vision_model", model).eval()
     if model.main_input_name != "pixel_values":
         raise ValueError(
             f"{place} takes {model.main_input_name}, not images: measure it in Python, Probe(model, grid=(N,))"
         )
-    size, described = model.config.image_size, folder / "preprocessor_config.json"
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    given = json.loads(described.read_text()) if described.is_file() else {}
-    mean, std = given.get("image_mean", data.IMAGENET_MEAN), given.get("image_std", data.IMAGENET_STD)
+    frames = getattr(model.config, "num_frames", None) or getattr(model.config, "frames_per_clip", None)
+    if frames:
+        raise ValueError(f"{place} takes videos of {frames} frames: measure it in Python, Probe(model, grid=(T, H, W))")
+    needs = [
+        name for name, p in inspect.signature(model.forward).parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name != "pixel_values"
+    ]  # fmt: skip
+    if needs:
+        raise ValueError(f"{place} needs {' and '.join(needs)} besides images: measure it in Python, with a Probe")
+    how = preprocessing(folder, model.config)
     name = folder.resolve().name if folder.is_dir() else place
-    return Subject(name, name, "model", 0, model, lambda image: data.cover(image, size), tuple(mean), tuple(std))
+    return Subject(name, name, "model", 0, model, how.crop, how.mean, how.std, notes=how.notes)
 
 
 def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
@@ -156,6 +193,8 @@ def from_model_option(option: str, weights: Path | None, pretrained: bool, warn:
     """The command line's --model LIBRARY/NAME. Raises Typed for another library, and for a name that it does not have."""
     library, name = split_model(option)
     subject = LIBRARIES[library].maker()(name, weights, pretrained)
+    for sentence in subject.notes:
+        warn(sentence)
     if weights is None and not pretrained and not LIBRARIES[library].trained:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
     return subject
@@ -190,6 +229,4 @@ def is_task_of_run(path: Path) -> bool:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict, never unpickled. Raises ValueError for what is missing, empty, truncated or more than weights."""
-    if not path.is_file():
-        raise ValueError(f"no weights file {path}")
-    return checkpoint.read_safetensors(path) if path.suffix == ".safetensors" else foreign.read_pth(path)
+    return weights_of.read(path).state

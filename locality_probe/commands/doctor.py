@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from locality_probe.commands import options
-from locality_probe.commands.base import command, say
+from locality_probe.commands.base import command, say, warn
 from locality_probe.typed import Typed, check_model
 
 
@@ -43,7 +43,7 @@ def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, 
         with counter(matrix.FAMILIES, "families") as report:
             click.echo(matrix.support_matrix(report), nl=False)
         return
-    subject = doctor.find(model, weights, pretrained)
+    subject = doctor.find(model, weights, pretrained, warn if weights else lambda sentence: None)
     layers = doctor.examine_subject(subject, grid, prefix, device)
     if as_json:
         click.echo(json.dumps([layer.as_dict() for layer in layers], indent=1))

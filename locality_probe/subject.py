@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +147,8 @@ def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -
     except ImportError:
         raise ValueError("hf/... needs the package transformers: pip install 'locality-probe[hf]'") from None
     folder = Path(place)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return _with_adapter(folder, pretrained)
     if not pretrained and not (folder / "config.json").is_file():
         raise ValueError(f"{place} is no folder with a config.json; --pretrained fetches hf/{place} from the hub")
     transformers.utils.logging.set_verbosity_error()
@@ -178,6 +181,60 @@ def from_hf(place: str, weights: Path | None = None, pretrained: bool = False) -
     how = preprocessing(folder, model.config)
     name = folder.resolve().name if folder.is_dir() else place
     return Subject(name, name, "model", 0, model, how.crop, how.mean, how.std, notes=how.notes)
+
+
+def _with_adapter(folder: Path, pretrained: bool) -> Subject:
+    """The base model that a peft adapter's folder names, with the adapter in it, not merged.
+
+    Raises ValueError where peft is not installed, and for a base or an adapter that is not there or does not fit.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(f"{folder} holds an adapter, which needs the package peft: pip install peft") from None
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path") from None
+    subject = from_hf(str(base), None, pretrained)
+    model = fetched(str(folder), lambda: peft.PeftModel.from_pretrained(subject.model, str(folder)))
+    name = folder.resolve().name
+    notes = (*subject.notes, f"{name} is an adapter of {base}, whose weights are read too")
+    return replace(subject, run=name, pair=name, model=model.eval(), notes=notes)
+
+
+def from_open_clip(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
+    """The image tower of an open_clip model, with its own preprocessing; from a file, from the hub, or untrained by `seed`.
+
+    Raises Typed for a name that open_clip does not know, and ValueError where it is not installed and for weights that do not
+    fit.
+    """
+    try:
+        import open_clip
+    except ImportError:
+        raise ValueError("open_clip/... needs the package open_clip_torch: pip install open_clip_torch") from None
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        raise Typed(f"open_clip has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained and not tags:
+        raise ValueError(f"open_clip has no pretrained weights of {name}: leave --pretrained away, or give --weights")
+
+    def make(size: int | None) -> nn.Module:
+        options = {} if size is None else {"force_image_size": size}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return fetched(
+                name, lambda: open_clip.create_model(name, pretrained=tags[0] if pretrained else None, **options).visual
+            )
+
+    read = None if weights is None else weights_of.read(weights)
+    model: Any = make(None) if read is None else weights_of.load(make, read, ("proj", "head"))
+    size = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
+    mean = getattr(model, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(model, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    notes = () if read is None else tuple(read.said)
+    return Subject(name, name, "model", 0, model.eval(), lambda image: data.cover(image, size), mean, std, notes=notes)
 
 
 def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:

@@ -33,11 +33,12 @@ LIBRARIES = {  # LIBRARY/NAME on the command line; a new library is one line her
     "timm": Library("locality_probe.subject:from_timm"),
     "torchvision": Library("locality_probe.subject:from_torchvision"),
     "hf": Library("locality_probe.subject:from_hf", "FOLDER", trained=True),
+    "open_clip": Library("locality_probe.subject:from_open_clip", "NAME"),
 }
 
 
 def forms() -> str:
-    """How models of each library are named: timm/NAME, torchvision/NAME or hf/FOLDER."""
+    """How models of each library are named: timm/NAME, torchvision/NAME, hf/FOLDER or open_clip/NAME."""
     *first, last = (f"{name}/{library.names}" for name, library in LIBRARIES.items())
     return f"{', '.join(first)} or {last}"
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import pathlib
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from conftest import flat, invoke
 from torch import Tensor
 
 from locality_probe.hf import preprocessing
-from locality_probe.subject import from_hf, from_timm
+from locality_probe.subject import from_hf, from_open_clip, from_timm
+from locality_probe.typed import Typed
 
 NAME = "test_vit"
 
@@ -165,3 +168,59 @@ def test_images_are_taken_as_the_processor_does(file, tmp_path):
         assert mine.shape == theirs.shape
         scale = (theirs.max() - theirs.min()).item()
         assert (mine - theirs).abs().mean() < 0.01 * scale, settings
+
+
+# open_clip and peft, which tests do without: their names and doors, as far as they are used here ---------------------------
+
+
+class Tower(torch.nn.Module):
+    """An image tower with what open_clip's have."""
+
+    image_size, image_mean, image_std = 32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = timm.create_model(NAME, img_size=32, num_classes=0)
+
+    def forward(self, x):
+        return self.trunk(x)
+
+
+def test_open_clip_models_are_their_image_towers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match="needs the package open_clip_torch: pip install open_clip_torch"):
+        from_open_clip("ViT-B-32")
+    made = types.SimpleNamespace(
+        list_models=lambda: ["ViT-B-32"], list_pretrained_tags_by_model=lambda name: [],
+        create_model=lambda name, pretrained=None: types.SimpleNamespace(visual=Tower()), OPENAI_DATASET_MEAN=(0.5,) * 3,
+        OPENAI_DATASET_STD=(0.5,) * 3,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "open_clip", made)
+    with pytest.raises(Typed, match="open_clip has no model 'ViT-B-33'; near: ViT-B-32"):
+        from_open_clip("ViT-B-33")
+    with pytest.raises(ValueError, match="no pretrained weights of ViT-B-32"):
+        from_open_clip("ViT-B-32", pretrained=True)
+    tower = Tower()
+    torch.save({"state_dict": under("module.visual.", tower.state_dict())}, tmp_path / "w.pt")
+    subject = from_open_clip("ViT-B-32", tmp_path / "w.pt")
+    assert subject.mean == (0.1, 0.2, 0.3) and "'module.visual.'" in subject.notes[0]
+    assert all(torch.equal(a, b) for a, b in zip(subject.model.parameters(), tower.parameters(), strict=True))
+
+
+def test_an_adapters_folder_is_its_base_with_the_adapter(hf_model, tmp_path, monkeypatch):
+    hf_model.save_pretrained(tmp_path / "base")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="which needs the package peft: pip install peft"):
+        from_hf(str(tmp_path / "lora"))
+
+    def with_adapter(model, folder):
+        model.adapter = folder
+        return model
+
+    loader = types.SimpleNamespace(from_pretrained=with_adapter)
+    monkeypatch.setitem(sys.modules, "peft", types.SimpleNamespace(PeftModel=loader))
+    subject = from_hf(str(tmp_path / "lora"))
+    assert subject.run == "lora" and subject.model.adapter == str(tmp_path / "lora")
+    assert "is an adapter of" in subject.notes[-1]

@@ -24,7 +24,8 @@ from locality_probe.typed import Typed, check_model
 def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, threads, device) -> None:
     """What can be measured of MODEL: each attention layer, its grid and tokens, how it is seen, or why it is skipped.
 
-    MODEL: a run directory, a weights file, timm/NAME, torchvision/NAME or hf/FOLDER. Exit code 1 where no layer can be.
+    MODEL: a run directory, a weights file, timm/NAME, torchvision/NAME, hf/FOLDER or open_clip/NAME. Exit code 1 where no
+    layer can be.
     """
     if bool(model) == families:
         raise Typed("give a MODEL, like runs/demo/demo-baseline or timm/vit_tiny_patch16_224, or --families")

@@ -12,10 +12,15 @@ from locality_probe.typed import Typed
 @click.argument("text", default="")
 def recipes_command(text) -> None:
     """List the recipes whose names hold TEXT; each also has -joint, -joint-terminal and -joint-as-long."""
+    import textwrap
+
     from cil.recipes import RECIPES
+    from cil.text import columns
 
     found = {name: function for name, function in RECIPES.items() if text in name}
     if not found:
         raise Typed(f"no recipe holds {text!r}; `locality-probe recipes` lists them")
     for name, function in found.items():
-        click.echo(f"{name}\n    {' '.join((function.__doc__ or '').split())}")
+        about = " ".join((function.__doc__ or "").split())
+        lines = textwrap.wrap(about, columns() - 4, break_long_words=False, break_on_hyphens=False)
+        click.echo("\n    ".join([name, *lines]))

@@ -1,4 +1,4 @@
-"""What every command prints for people fits 80 columns on a pipe, help texts too; messages on stderr are one sentence a line."""
+"""What every command prints for people fits 80 columns on a pipe, and help texts do; messages on stderr are sentences."""
 
 import pytest
 from conftest import TOY, invoke, settings

@@ -141,10 +141,11 @@ class TaskAttention(nn.Module):
         return self.proj(merge_heads(a[..., :1] * own + a[..., 1:] @ v))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None = None, grid: tuple[int, int] | None = None
-) -> Tensor:
-    """softmax_j(q_i.k_j + w.r_ij) v_j -> [B, H, N, d]: q, k, v [B, H, N, d], scales already in q; w = pos_weight [H, 3]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None = None, grid: tuple[int, int] = (0, 0)) -> Tensor:
+    """softmax_j(q_i.k_j + w.r_ij) v_j -> [B, H, N, d]: q, k, v [B, H, N, d], scales already in q; w = pos_weight [H, 3].
+
+    grid: rows and columns of the N patches, for pos_weight.
+    """
     return (written_out if writes_out(q) else fused)(q, k, v, pos_weight, grid)
 
 
@@ -158,7 +159,7 @@ def writes_out(q: Tensor) -> bool:
     return q.device.type == "cpu" and half and q.shape[-2] <= 1024  # beyond, [B, H, N, N] costs too much memory
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """Three operations in the dtype of q: softmax is float32 inside, and autocast would copy its input and output."""
     with torch.autocast(q.device.type, enabled=False):
         scores = q @ k.mT
@@ -167,7 +168,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid
         return scores.softmax(-1) @ v
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """Flash attention, O(N) memory: w.r_ij enters as further columns of q and k, never as a mask [H, N, N]."""
     if pos_weight is None:
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -233,7 +234,8 @@ def positional_columns(weight: Tensor, grid: tuple[int, int], dtype: torch.dtype
     q_low, k_low = q - q_high, k - k_high
     q_columns = [q_high, q_low, q_high[..., 2:], q_low[..., 2:]]
     k_columns = [k_high, k_high, k_low[..., 2:], k_low[..., 2:]]
-    return tuple(torch.cat([t.to(dtype) for t in columns], -1) for columns in (q_columns, k_columns))
+    q_all, k_all = (torch.cat([t.to(dtype) for t in columns], -1) for columns in (q_columns, k_columns))
+    return q_all, k_all
 
 
 def positional_weights(num_heads: int, strength: float, extra_heads: str, start: str = "local") -> Tensor:

@@ -146,6 +146,10 @@ class RunDir:
         path = self.path / f"{name}.csv"
         return TABLES[name].read(path) if path.exists() else None
 
+    def written(self, name: str) -> pd.DataFrame:
+        """accuracy or training; what a finished run has. Raises ValueError where the table is not there."""
+        return TABLES[name].read(self.path / f"{name}.csv")
+
     def extend(self, name: str, rows: pd.DataFrame) -> None:
         """Append rows to a table."""
         old = self.table(name)
@@ -249,17 +253,7 @@ def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") ->
     """
     path = Path(path)
     if (path / "run.json").exists():
-        there = open_run(path)
-        differ = there.run.differences(run)
-        if differ:
-            what = ", ".join(f"{n}={mine} there, {asked} asked" for n, (mine, asked) in sorted(differ.items()))
-            raise ValueError(f"{path} holds another run ({what}); choose another --out")
-        if there.trainer != TRAINER and not there.finished:
-            raise ValueError(
-                f"{path} was begun by an earlier version (trainer {there.trainer}), whose numbers differ from this one's "
-                f"(trainer {TRAINER}): finish it with that version ({there.git or 'unknown commit'}), or choose another --out"
-            )
-        return there
+        return open_same(path, run)
     if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
         raise ValueError(f"{path} is not empty and holds no run.json; choose another --out")
     directory = describe(path, run, dataset, device)
@@ -268,6 +262,22 @@ def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") ->
     content |= {k: v for k, v in vars(directory).items() if k not in ("path", "run")}
     write_json(path / "run.json", content)
     return directory
+
+
+def open_same(path: str | Path, run: Run) -> RunDir:
+    """Open the run directory of `run`. Raises ValueError if it holds another run, or one that another trainer has begun and
+    not finished."""
+    there = open_run(path)
+    differ = there.run.differences(run)
+    if differ:
+        what = ", ".join(f"{n}={mine} there, {asked} asked" for n, (mine, asked) in sorted(differ.items()))
+        raise ValueError(f"{path} holds another run ({what}); choose another --out")
+    if there.trainer != TRAINER and not there.finished:
+        raise ValueError(
+            f"{path} was begun by an earlier version (trainer {there.trainer}), whose numbers differ from this one's "
+            f"(trainer {TRAINER}): finish it with that version ({there.git or 'unknown commit'}), or choose another --out"
+        )
+    return there
 
 
 def open_run(path: str | Path) -> RunDir:

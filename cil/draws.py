@@ -37,15 +37,16 @@ class Draws:
         if torch.device(device).type == "cpu":
             return self
 
-        def send(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        def send(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
 
         layers = [[Operation(o.number, send(o.rows), send(o.argument)) for o in layer] for layer in self.operations]
         masks = self.drop_path
         if masks:  # one copy, not one a call
             flat = send(torch.cat([mask.flatten() for mask in masks])).split([mask.numel() for mask in masks])
             masks = [part.view(mask.shape) for part, mask in zip(flat, masks, strict=True)]
-        return replace(self, crop=send(self.crop), flip=send(self.flip), operations=layers, drop_path=masks)
+        crop, flip = (None if drawn is None else send(drawn) for drawn in (self.crop, self.flip))
+        return replace(self, crop=crop, flip=flip, operations=layers, drop_path=masks)
 
 
 def of_epoch(run: Run, task: int, phase: str, epoch: int, n: int) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Stopwatch:
     def fastest(self, work: Callable[[], object]) -> float:
         """Seconds of the fastest of a few turns: what disturbs a turn makes it slower, never faster."""
         work()
-        turns = []
+        turns: list[tuple[float, float]] = []
         while len(turns) < MEASURED_STEPS and (sum(wall for wall, _ in turns) < ENOUGH or not turns):
             wall, cpu = time.perf_counter(), time.thread_time()
             work()
@@ -111,7 +111,8 @@ def estimate(
 
     Steps of the first and the last phase of each kind are measured, and an image of a phase between costs their mean.
     """
-    kinds, watch = {}, watch or Stopwatch()
+    watch = watch or Stopwatch()
+    kinds: dict = {}
     for phase in phases:
         kinds.setdefault((phase.name, phase.task > 0), []).append(phase)
     seconds = 0.0

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -94,7 +95,7 @@ class Position:
     seconds: float = field(default=0.0, compare=False)
 
     @classmethod
-    def of(cls, state: dict[str, object]) -> Position:
+    def of(cls, state: dict[str, Any]) -> Position:
         """The position that a saved state was written at."""
         return cls(state["epoch"], state["step"], state["sums"], state["seconds"])
 
@@ -156,7 +157,10 @@ class Keeper:
             return
         began = time.monotonic()
         append_training(self.directory, self.rows)
-        state = {"model": self.learner.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "model": self.learner.model.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+        }
         state |= {"task": self.phase.task, "phase": self.phase.name, **vars(at)}
         resume.save(self.directory, self.before + at.steps_taken(self.phase), state)
         self.rows, self.last_saved = [], time.monotonic()
@@ -193,7 +197,7 @@ class Learner:
         """
         run = self.run
         distilled = y < self.num_old if run.kd_rows == "old" else None  # None: all
-        taught = self.teacher is not None and run.kd and (distilled is None or bool(distilled.any()))
+        teacher = self.teacher if run.kd and (distilled is None or distilled.any()) else None
         with parallel.batch(len(y)), randomness(run.seed, *place) as generator:
             calls = [(path.p, shape) for path, shape in self.drop_paths]
             drawn = draws.of_step(run, len(y), calls, generator).to(self.device)
@@ -203,13 +207,13 @@ class Learner:
                 path.kept.append(kept)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
                 mine = parallel.own(distilled) if distilled is not None else None
-                old_logits = teach(self.teacher, x, mine, self.num_old) if taught else None
+                old_logits = teach(teacher, x, mine, self.num_old) if teacher is not None else None
                 features = self.model.forward_features(x)
                 logits = self.model.forward_head(features)
                 div_logits = self.model.div_head(features[:, -1]) if self.model.div_head is not None else None
             # From here on, the whole batch: the loss does not depend on how many processes shared it.
             logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
-            old_logits = parallel.gather(old_logits.float()) if taught else None
+            old_logits = parallel.gather(old_logits.float()) if old_logits is not None else None
             distilled = distilled.to(self.device) if distilled is not None else None
             bce, kd = losses.auto_kd(logits, targets, old_logits, distilled, run.kd_tau)
             loss = bce + kd

@@ -38,8 +38,8 @@ NAMES = [
 # What trainers save beside weights: arguments, paths of either system, numpy's numbers. They hold values and run nothing.
 HARMLESS: list = [
     argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.WindowsPath,
-    pathlib.Path, pathlib.PurePath, np.dtype, np.ndarray, np.core.multiarray.scalar if np.__version__ < "2" else
-    np._core.multiarray.scalar, *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
+    pathlib.Path, pathlib.PurePath, np.dtype, np.ndarray, np.float64(0).__reduce__()[0],  # what makes a number of numpy
+    *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
 ]  # fmt: skip
 # Where a checkpoint has its weights, the most wanted first: averages (as DINO's and timm's evaluation take them), then states.
 CONTAINERS = (

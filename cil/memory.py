@@ -17,7 +17,8 @@ def herd(features: Tensor, m: int) -> list[int]:
     """
     features = F.normalize(features.double(), dim=1)
     mu = features.mean(0)
-    w, picked = mu.clone(), []
+    picked: list[int] = []
+    w = mu.clone()
     for _ in range(1000):
         if len(picked) >= min(m, len(features)):
             break

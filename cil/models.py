@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import timm
 import timm.layers
@@ -57,7 +58,7 @@ class Block(nn.Module):
 class TaskBlock(Block):
     """Task-attention block: tokens [B, T, dim] look at themselves and the patches [B, N, dim]; residual on the tokens."""
 
-    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:  # type: ignore[override]  # it reads two kinds of tokens
         # Stochastic depth is drawn separately for each token, as in DyTox.
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), self.norm1(patches)), per=2)
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)), per=2)
@@ -73,7 +74,7 @@ class Head(nn.Sequential):
 
 
 class Incremental(nn.Module):
-    """What the trainer asks of a network; each kind adds `grow`, for the classes of a task, and `forward_features`.
+    """What the trainer asks of a network; each kind says how to `grow` and what `forward_features` are.
 
     Images [B, 3, H, W] -> forward_features: what the heads read, [B, T, dim] -> forward_head: logits [B, classes seen].
     """
@@ -85,6 +86,14 @@ class Incremental(nn.Module):
         super().__init__()
         self.init_std = run.init_std
         self.heads = nn.ModuleList()  # one a task
+
+    def grow(self, num_classes: int, divergence: bool = False) -> None:
+        """Add a task of `num_classes` classes; with `divergence` a new divergence head, where the kind has one."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> what the heads read, [B, T, dim]"""
+        raise NotImplementedError
 
     def forward_head(self, features: Tensor) -> Tensor:
         """[B, T, dim] -> logits [B, classes seen]: head t reads token t, or all heads the one class token"""
@@ -117,9 +126,9 @@ class IncrementalViT(Incremental):
         self.div_head = None
         init_weights(self, run.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=run.init_std)
-        for block in self.blocks:
-            if hasattr(block.attn, "pos_weight"):  # local attention starts with local values
-                nn.init.eye_(block.attn.v.weight)
+        for attn in (block.get_submodule("attn") for block in self.blocks):
+            if hasattr(attn, "pos_weight"):  # local attention starts with local values
+                nn.init.eye_(attn.get_parameter("v.weight"))
 
     def grow(self, num_classes: int, divergence: bool = False) -> None:
         """Add a task of `num_classes` classes: a head, a token where the method has one a task, a new divergence head."""
@@ -151,7 +160,11 @@ class IncrementalTimm(Incremental):
         super().__init__(run)
         name = run.model.removeprefix("timm/")
         check_timm(name)
-        options = {"img_size": image_size, "patch_size": run.patch_size, "drop_path_rate": run.drop_path}
+        options: dict[str, Any] = {
+            "img_size": image_size,
+            "patch_size": run.patch_size,
+            "drop_path_rate": run.drop_path,
+        }
         if run.global_pool:
             options["global_pool"] = run.global_pool
         try:
@@ -205,7 +218,8 @@ def drop_path_calls(model: Incremental, image_size: tuple[int, int]) -> list[tup
 
     Found by watching one image pass in eval mode; modules that are frozen in eval mode draw nothing and are left out.
     """
-    paths, calls = [m for m in model.modules() if isinstance(m, DropPath)], []
+    paths = [m for m in model.modules() if isinstance(m, DropPath)]
+    calls: list[tuple[DropPath, tuple[int, ...]]] = []
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for path in paths:

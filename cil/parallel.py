@@ -115,7 +115,7 @@ def join(results: list, n: int) -> list:
     """What every process made of its share, in the order of the n batches."""
     if size() == 1:
         return results
-    everyone = [None] * size()
+    everyone: list[list] = [[] for _ in range(size())]
     dist.all_gather_object(everyone, results)
     return [everyone[i % size()][i // size()] for i in range(n)]
 
@@ -142,7 +142,7 @@ def once(function: Callable[..., Result], *args: object) -> Result:
             result = function(*args)
         except BaseException as error:
             failure = error
-    told = [result, str(failure) if failure else None]
+    told: list = [result, str(failure) if failure else None]
     dist.broadcast_object_list(told)
     if failure:
         raise failure

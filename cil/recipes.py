@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from cil.run import Run
 
@@ -214,12 +215,21 @@ def settings_of(scale: str) -> dict[str, tuple[str, Callable[[Run], Run]]]:
                 lambda run: replace(run, class_order="alphabetical"),
             ),
         }
-    found = {s.lower(): (f"CIFAR-100 {s}", lambda run, s=s: replace(run, scenario=s)) for s in SCENARIOS["cifar"]}
+    found = {s.lower(): (f"CIFAR-100 {s}", _to_scenario(s)) for s in SCENARIOS["cifar"]}
     if scale.startswith("paper"):
         for s in SCENARIOS["imagenet"]:
-            change = lambda run, s=s: on_imagenet(replace(run, scenario=s))  # noqa: E731
-            found[f"imagenet-{s.lower()}"] = (f"ImageNet-100 {s}", change)
+            found[f"imagenet-{s.lower()}"] = (f"ImageNet-100 {s}", _to_scenario(s, on_imagenet))
     return found
+
+
+def _to_scenario(scenario: str, change: Callable[[Run], Run] = lambda run: run) -> Callable[[Run], Run]:
+    return lambda run: change(replace(run, scenario=scenario))
+
+
+def _changed(
+    base: Callable[[], Run], change: Callable[[Run], Run] = lambda run: run, **settings: Any
+) -> Callable[[], Run]:
+    return lambda: replace(change(base()), **settings)
 
 
 def enter_all() -> None:
@@ -230,24 +240,18 @@ def enter_all() -> None:
                 plus = MIXUP_OF_DYTOX.get(scale, base().mixup) if "dytox" in system else base().mixup
                 title = title if plus else title.replace("DyTox+", "DyTox")  # mixup is what the + means
                 published = PUBLISHED[setting][column] if scale.startswith("paper") else ""
-                build = lambda b=base, m=move, c=change, plus=plus: replace(c(m(b())), mixup=plus)  # noqa: E731
-                enter(scale, setting, system, f"{title}, {where}", build, published)
+                moved = _changed(_changed(base, move), change, mixup=plus)
+                enter(scale, setting, system, f"{title}, {where}", moved, published)
             if place:
                 continue
             for system, (title, change) in CONTROLS.items():
-                enter(scale, setting, system, f"{title}, {where}", lambda base=base, change=change: change(base()))
+                enter(scale, setting, system, f"{title}, {where}", _changed(base, change))
             for value in LAMBDAS:
-                build = lambda base=base, value=value: replace(with_lpa(base()), lambda_init=value)  # noqa: E731
-                enter(
-                    scale,
-                    setting,
-                    f"baseline-lambda-{value:g}",
-                    f"baseline + LPA, lambda_init={value:g}, {where}",
-                    build,
-                )
+                name, title = f"baseline-lambda-{value:g}", f"baseline + LPA, lambda_init={value:g}, {where}"
+                enter(scale, setting, name, title, _changed(base, with_lpa, lambda_init=value))
             for count in range(base().depth):
-                build = lambda base=base, count=count: replace(base(), n_lpa=count)  # noqa: E731
-                enter(scale, setting, f"baseline-nlpa-{count}", f"baseline, LPA in {count} layers, {where}", build)
+                name, title = f"baseline-nlpa-{count}", f"baseline, LPA in {count} layers, {where}"
+                enter(scale, setting, name, title, _changed(base, n_lpa=count))
 
 
 enter_all()

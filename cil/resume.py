@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def save(directory: RunDir, step: int, state: dict[str, object]) -> None:
         other.unlink()
 
 
-def load(directory: RunDir, task: int) -> dict[str, object] | None:
+def load(directory: RunDir, task: int) -> dict[str, Any] | None:
     """The newest whole state inside `task`, or None. A state that is torn counts as not there."""
     for path in states(directory):
         content = path.read_bytes()

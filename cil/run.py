@@ -11,6 +11,7 @@ import re
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -147,18 +148,19 @@ class Run:
                 f"n_lpa={self.n_lpa} is more than the {self.depth - 1} self-attention blocks of depth={self.depth}"
             )
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, object], format: int = FORMAT) -> Run:
+    def from_dict(cls, values: dict[str, Any], format: int = FORMAT) -> Run:
         """The inverse of `to_dict`. A setting that came after `format` is what it was before it was one (ADDED); nothing
         else is silently defaulted.
 
         Raises ValueError for a missing or unknown key and a value of another type.
         """
-        values = {k: v for since, added in ADDED.items() if since > format for k, v in added.items()} | values
+        before: dict[str, Any] = {k: v for since, added in ADDED.items() if since > format for k, v in added.items()}
+        values = before | values
         names = [f.name for f in dataclasses.fields(cls)]
         missing, unknown = [n for n in names if n not in values], [n for n in values if n not in names]
         if missing or unknown:
@@ -173,7 +175,8 @@ class Run:
 
     def change(self, settings: list[str]) -> Run:
         """This run with `key=value` settings, parsed to the type of the field. Raises ValueError naming what is near."""
-        types, changes = typing.get_type_hints(type(self)), {}
+        types = typing.get_type_hints(type(self))
+        changes: dict[str, Any] = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
             key = key.replace(".", "_").replace("-", "_")

@@ -57,7 +57,7 @@ def learn_increment(
     """One task of class-incremental learning: grow, fit with the teacher's help, remember, fine-tune."""
     run, scenario, labels = directory.run, directory.scenario, dataset.train.labels
     new = scenario[task].select(labels)
-    if task == 0:
+    if model is None:
         teacher, memory, model = None, None, directory.new_model(0).to(session.device)
     else:
         teacher, memory = copy.deepcopy(model).eval().requires_grad_(False), directory.memory(task - 1)

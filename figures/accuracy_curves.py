@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -42,7 +43,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3 if across > 1 else 2)

@@ -65,6 +65,7 @@ def draw(frame: pd.DataFrame, examples: dict[str, Example], distances: pd.DataFr
     bar.outline.set_linewidth(0.4)
     for block in rest:
         axes = block.subplots()
+        assert distances is not None  # it is what makes room below
         for training, values in distances.groupby("training", sort=False):
             axes.plot(values["task"] + 1, values["d_loc"], **SERIES[training])
         axes.set(xlabel="task", ylabel=r"$D_\mathrm{loc}$ (patches)")

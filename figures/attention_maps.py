@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,14 +40,14 @@ def draw(
     Raises ValueError for what does not fit.
     """
     shape = len(row_labels), len(column_labels)
-    queries = query if isinstance(query, list) else [[query] * shape[1]] * shape[0]
+    queries: Any = query if isinstance(query, list) else [[query] * shape[1]] * shape[0]
     images = seen or [[image] * shape[1]] * shape[0]
     _check(image, maps, shape, scale, queries)
     if scale == "uniform":
         maps, unit = np.log2(np.clip(maps * maps.shape[2] * maps.shape[3], 1 / MOST_TIMES, MOST_TIMES)), "times uniform"
     elif scale == "difference":
         unit = f"difference of {unit}"
-    figure, each, grid = Figure(layout="none"), scale == "each", maps.shape[2:]
+    figure, each, grid = Figure(), scale == "each", maps.shape[2:]
     diverging = scale in ("uniform", "difference")
     caption = f"{unit}, each panel on its own scale" if each else ""
     place = _layout(figure, image.shape[:2], row_labels, column_labels, title, caption, each)
@@ -67,16 +68,12 @@ def draw(
         grey = greyed(images[r][c])
         show(axes, grey, grid, queries[r][c])
         norm = Normalize(0, np.nanmax(maps[r, c]) or 1) if each else norm
-        how = {
-            "cmap": DIVERGING if diverging else style.SEQUENTIAL,
-            "norm": norm,
-            "alpha": OPACITY,
-            "interpolation": "nearest",
-        }
-        drawn = axes.imshow(maps[r, c], extent=axes.images[0].get_extent(), **how)
+        colours = DIVERGING if diverging else style.SEQUENTIAL
+        drawn = axes.imshow(maps[r, c], colours, norm, alpha=OPACITY, interpolation="nearest",
+                            extent=axes.images[0].get_extent())  # fmt: skip
         if each:
-            ends = {"orientation": "horizontal", "ticks": [0, norm.vmax], "format": "%.2g"}
-            bar = figure.colorbar(drawn, place("bar", r, c), **ends)
+            ends = [0, norm.vmax]
+            bar = figure.colorbar(drawn, place("bar", r, c), orientation="horizontal", ticks=ends, format="%.2g")
             bar.ax.tick_params(length=0, pad=1.5, labelsize=6)
             bar.ax.get_xticklabels()[0].set_horizontalalignment("left")
             bar.ax.get_xticklabels()[1].set_horizontalalignment("right")
@@ -85,7 +82,7 @@ def draw(
             if scale == "uniform":
                 ticks = np.arange(np.ceil(-most - 1e-6), most + 1e-6)
                 ticks = ticks if len(ticks) > 2 else np.array([-most, 0.0, most])
-                bar.set_ticks(ticks, labels=[f"{2**tick:.3g}" for tick in ticks])
+                bar.set_ticks(ticks.tolist(), labels=[f"{2**tick:.3g}" for tick in ticks])
         bar.outline.set_linewidth(0.4)
         bar.ax.set_facecolor(str(grey.mean()))  # under the bar as under a map: the same colours in both
     return figure

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
@@ -24,8 +26,13 @@ SERIES = {  # training -> how it is drawn, in the order of the legend; shape tel
     "joint-as-long": {"label": "joint, as many steps as CIL", "color": style.GREEN, "marker": "D", "linestyle": "none"},
     "model": {"label": "model", "color": style.VERMILION, "marker": "^", "linestyle": "none"},
 }
-INITIALISED = {"label": "CIL at initialisation", "color": style.REFERENCE, "linestyle": "--", "linewidth": 1}
-UNIFORM = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": ":", "linewidth": 1.2}
+INITIALISED: dict[str, Any] = {
+    "label": "CIL at initialisation",
+    "color": style.REFERENCE,
+    "linestyle": "--",
+    "linewidth": 1,
+}
+UNIFORM: dict[str, Any] = {"label": "uniform attention", "color": style.REFERENCE, "linestyle": ":", "linewidth": 1.2}
 
 
 @style.look()
@@ -71,15 +78,15 @@ def draw(
             block, of_pair, columns, "task" if steps is None else "steps since initialisation (thousands)", first
         )
 
-    handles = {}
+    handles: dict[str, Line2D] = {}
     for axes in figure.axes:
         ends = (first - 0.5, max(means["x"].max(), first) + 0.5)
         axes.set_xlim(*ends if steps is None else (0, 1.05 * means["x"].max()))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=steps is None or means["x"].max() > 4, min_n_ticks=1))
-        handles |= {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        handles |= {label: line for line in axes.lines if not (label := str(line.get_label())).startswith("_")}
     labels = [how["label"] for how in (*SERIES.values(), INITIALISED, UNIFORM) if how["label"] in handles]
     ncols = len(labels) if width > 6 else 2
-    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=ncols)
+    figure.legend(handles=[handles[label] for label in labels], labels=labels, loc="outside lower center", ncols=ncols)
     return figure
 
 

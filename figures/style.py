@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -56,15 +56,17 @@ METADATA = {
 }
 
 
-def look() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def look() -> Iterator[None]:
     """Our style over matplotlib's defaults, whatever the user's settings are: a context, or `@look()` on a function."""
-    return style.context(STYLE, after_reset=True)
+    with style.context(STYLE, after_reset=True):
+        yield
 
 
 def room(figure: Figure, texts: Sequence[str]) -> np.ndarray:
     """[width, height] in inches, with a little air, of the largest of `texts` in `figure`; 0 where there is none."""
     drawn = [figure.text(0, 0, text, weight="bold") for text in texts if text]
-    boxes = [text.get_window_extent().size / figure.dpi + 0.08 for text in drawn]
+    boxes = [np.asarray(text.get_window_extent().size) / figure.dpi + 0.08 for text in drawn]
     for text in drawn:
         text.remove()
     return np.max(boxes, axis=0) if boxes else np.zeros(2)

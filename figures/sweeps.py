@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -46,11 +48,11 @@ def draw(frame: pd.DataFrame, label: str, logarithmic: bool = False, marked: flo
         axes.set(title=metric, xlabel=label)
     panels[0].set_ylabel("%")
     if not common.all():
-        shown = {_seeds(frame[common]): {}} if common.any() else {}
-        shown[_seeds(frame[~common]) + ", not run at every value"] = {"fillstyle": "none", "linestyle": "none"}
+        marks: dict[str, dict[str, Any]] = {_seeds(frame[common]): {}} if common.any() else {}
+        marks[_seeds(frame[~common]) + ", not run at every value"] = {"fillstyle": "none", "linestyle": "none"}
         handles = [
             Line2D([], [], color=style.REFERENCE, marker="o", markersize=3, label=words, **how)
-            for words, how in shown.items()
+            for words, how in marks.items()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +71,7 @@ class HeatMaps:
     def _first(self) -> Panel:
         return next(panel for row in self.panels for panel in row if panel)
 
-    def drawing(self) -> dict[str, object]:
+    def drawing(self) -> dict[str, Any]:
         """The arguments of figures.attention_maps.draw, but for the colour scale."""
         return {
             "image": self.image,
@@ -86,7 +88,12 @@ class HeatMaps:
 
         query: [2], or empty where it is no patch or not one for all; queries: [rows, columns, 2], -1 where there is none.
         """
-        arrays = {"image": self.image, "maps": self.maps, "rows": self.row_labels, "columns": self.column_labels}
+        arrays: dict[str, Any] = {
+            "image": self.image,
+            "maps": self.maps,
+            "rows": self.row_labels,
+            "columns": self.column_labels,
+        }
         arrays |= {"title": self.title, "scale": scale, "query": [] if self.query is None else self.query}
         arrays["queries"] = [[(panel and panel.query) or (-1, -1) for panel in row] for row in self.panels]
 
@@ -201,29 +208,26 @@ def _add(
 def _difference(panels: Panels) -> Panels:
     """Second checkpoint minus first, for the layers and heads that both have."""
     first, second = dict.fromkeys(key[:2] for key in panels)
-    common = [key[2:] for key in panels if key[:2] == first and (*second, *key[2:]) in panels]
+    common = [key[2:] for key in panels if key[:2] == first and second + key[2:] in panels]
     if not common:
         raise ValueError("the two checkpoints have no layer and head in common")
     names = [run if task is None else f"{run}:{'init' if task == INITIAL else task}" for run, task in (first, second)]
     run, found = f"{names[1]} minus {names[0]}", {}
     for place in common:
-        a, b = panels[(*first, *place)], panels[(*second, *place)]
+        a, b = panels[first + place], panels[second + place]
         if a.query != b.query:
             raise Typed(
                 f"the pixel is in patch {a.query} of {names[0]} and in {b.query} of {names[1]}: no difference of them"
             )
-        found[(run, None, *place)] = Panel(b.attention - a.attention, a.seen, a.query)
+        found[run, None, place[0], place[1]] = Panel(b.attention - a.attention, a.seen, a.query)
     return found
 
 
 def _words(asked: str | Patch | Pixel, patches: set[Patch | None]) -> str:
     """The query in words: a pixel by its patch, where that is the same for all networks."""
     (patch,) = patches if len(patches) == 1 else (None,)
-    return (
-        _patch_words(patch)
-        if patch
-        else {"mean": "mean over all patches", "cls": "class or task token"}.get(asked, str(asked))
-    )
+    named = {"mean": "mean over all patches", "cls": "class or task token"}
+    return _patch_words(patch) if patch else named.get(str(asked), str(asked))
 
 
 def _patch_words(patch: Patch) -> str:
@@ -238,9 +242,10 @@ def parse_checkpoint(spec: str) -> list[Callable[[], Subject]]:
     path, which = split_checkpoint(spec)
     directory = checkpoint.open_run(path)
     directory.require()
-    tasks = {"all": directory.tasks, "init": [INITIAL], None: directory.tasks[-1:]}.get(which) or [int(which)]
+    named = {"all": directory.tasks, "init": [INITIAL], "": directory.tasks[-1:]}
+    tasks = named.get(which or "") or [int(which or 0)]
     typed(directory.require, [task for task in tasks if task != INITIAL])
-    return [lambda task=task: from_run(directory, task) for task in tasks]
+    return [functools.partial(from_run, directory, task) for task in tasks]
 
 
 def patch_under(pixel: Pixel, subject: Subject, image: Image.Image, device: str = "cpu") -> Patch:
@@ -273,7 +278,8 @@ def _grid_of(subject: Subject, device: str) -> Patch:
     found = record(model, x, lambda attention, layer: {}, subject.grid, subject.num_prefix_tokens)
     for item in found:
         if item.layer.status == "ok" and item.layer.between_patches:
-            return item.layer.grid
+            rows, columns = item.layer.grid
+            return rows, columns
     raise ValueError(f"no layer of {subject.run} has attention between patches, so no patch shows a pixel")
 
 
@@ -306,7 +312,7 @@ def _row(attention: Tensor, layer: Layer, query: Query) -> Tensor | None:
     patches = layer.of_patches(attention) if layer.between_patches else None
     if patches is None:
         return None
-    return patches.mean(2) if query == "mean" else patches[:, :, query[0] * layer.grid[1] + query[1]]
+    return patches[:, :, query[0] * layer.grid[1] + query[1]] if isinstance(query, tuple) else patches.mean(2)
 
 
 def _rows_of(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
@@ -358,7 +364,7 @@ def _heads(maps: np.ndarray, heads: list[int] | str, run: str) -> dict[str, np.n
     """[H, g_h, g_w] -> the chosen heads by label. Raises Typed for a head that is not there."""
     if heads == "mean":
         return {"mean": maps.mean(0)}
-    numbers = range(len(maps)) if heads == "all" else heads
+    numbers = list(range(len(maps)) if isinstance(heads, str) else heads)
     if max(numbers) >= len(maps):
         raise Typed(f"no head {','.join(map(str, heads))} in {run}; there: 0 to {len(maps) - 1}, mean, all")
     return {str(h): maps[h] for h in numbers}
@@ -377,8 +383,8 @@ def _arrange(
     rest = [axis for axis in range(4) if axis != across]
 
     def label(axis: int, value: object) -> str:
-        if axis == 0 and len(set(patches.values())) > 1 and patches.get(value):
-            return f"{value}, {_patch_words(patches[value])}"
+        if axis == 0 and len(set(patches.values())) > 1 and (patch := patches.get(str(value))):
+            return f"{value}, {_patch_words(patch)}"
         value = "init" if axis == 1 and value == INITIAL else value
         return "" if value is None else f"{names[axis]} {value}".strip()
 

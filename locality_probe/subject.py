@@ -70,7 +70,7 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
     typed(models.check_timm, name)
 
     def make(size: int | None) -> nn.Module:
-        options = {} if size is None else {"img_size": size}
+        options: dict[str, Any] = {} if size is None else {"img_size": size}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return fetched(name, lambda: timm.create_model(name, pretrained=pretrained, **options))
@@ -79,7 +79,7 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
         model, said = make(None), []
     else:
         read = weights_of.read(weights)
-        classifiers = timm.get_pretrained_cfg(name).classifier or "head"
+        classifiers = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
         heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
         model, said = weights_of.load(make, read, (*heads, "head", "fc")), read.said
     config = timm.data.resolve_model_data_config(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,7 +105,7 @@ class Transfer:
     cka: pd.DataFrame
     locality: pd.DataFrame
     nonlocality: pd.DataFrame
-    images: dict[str, object]
+    images: dict[str, Any]
 
     def write(self, out: Path) -> list[Path]:
         """transfer.csv, cka.csv, transfer_locality.csv and transfer_measurement.json in the folder `out`."""
@@ -138,7 +139,9 @@ def transfer(
     where = data_dir or directories[0].run.data_dir
     probe = load_images(directories[0].run.dataset, None, seed, where, sorted(directories[0].class_order))
     drawn = Drawn(train, train_labels, test, test_labels, probe, seed)
-    rows, local, distances, seen = [], [], [], {}
+    rows: list[dict[str, Any]] = []
+    local: list[dict[str, Any]] = []
+    distances, seen = [], {}
     for directory in directories:
         measured = _of_run(directory, RunData(directory, first.dataset), drawn, tasks, device, report)
         rows += measured["rows"]
@@ -163,7 +166,8 @@ def _similarities(
 
     seen: features [images, d] by run, task and layer. A DyTox network has the layer "tokens" from its second task on.
     """
-    rows, alone = [], {}
+    rows: list[dict[str, object]] = []
+    alone: dict[str, set[str]] = {}
     for run, task in ((directory, task) for directory in directories for task in seen[directory.name]):
         others = [(run.name, 0)] if task > 0 and 0 in seen[run.name] else []
         others += [(d.name, task) for d in directories if d.twin_of == run.name and task in seen[d.name]]
@@ -181,12 +185,13 @@ def _similarities(
     return rows
 
 
-def _of_run(directory: RunDir, run_data: RunData, drawn: Drawn, tasks, device: str, report) -> dict[str, object]:
+def _of_run(directory: RunDir, run_data: RunData, drawn: Drawn, tasks, device: str, report) -> dict[str, Any]:
     """Rows of TRANSFER and TRANSFER_LOCALITY, NONLOCALITY, and the features of the test images by task and layer."""
-    kept, rows, local, distances, correlated = {}, [], [], [], {}
+    kept, rows, local, distances = {}, [], [], []
+    correlated: dict[str, dict[int, tuple[float, float, float]]] = {}
     wanted = [task for task in directory.tasks if not tasks or task in tasks]
     last = len(directory.scenario) - 1
-    initial = None
+    initial: tuple = ()
     for task in [INITIAL, *wanted]:
         subject = from_run(directory, task)
         train, test = (
@@ -236,7 +241,7 @@ def _together(batches) -> dict[str, Tensor]:
 
 def _classify(
     train: Tensor, test: Tensor, run_data: RunData, drawn: Drawn, of: range, shuffled: bool
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Bits by probe, among the classes that the tasks `of` bring."""
     tasks = [run_data.task_of(labels) for labels in (drawn.train_labels, drawn.test_labels)]
     mine, asked = ((t >= of.start) & (t < of.stop) for t in tasks)

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cil.data.images import centre_crop, open_image, random_crop, to_tensor
 from cil.device import cores
@@ -80,7 +81,7 @@ def _pieces(places: Tensor, seeds: Tensor | None) -> list[_Piece]:
     return [(p.tolist(), s.tolist()) for p, s in zip(places.split(PIECE), seeds.split(PIECE), strict=True)]
 
 
-class _Decoder:
+class _Decoder(Dataset):
     """What a DataLoader asks for a piece. An error comes back as a value: raised, it would be wrapped in a traceback."""
 
     def __init__(self, files: FileSet):
@@ -98,13 +99,13 @@ def _decoded(files: FileSet, pieces: list[_Piece], a_batch: int) -> Iterator[Ten
     workers = files.workers
     if workers is None:
         workers = min(_cores(), len(pieces)) if len(pieces) >= 4 else 0  # to start them takes as long as a piece or two
-    options = {}
+    options: dict[str, Any] = {}
     if workers:
         options["prefetch_factor"] = max(2, -(-2 * a_batch // workers))
         if sys.platform == "linux":  # Python's newer ways to start a process import torch anew in each, every epoch
             options["multiprocessing_context"] = "fork"
     # With a generator of its own a DataLoader leaves torch's alone.
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         _Decoder(files), sampler=pieces, batch_size=None, num_workers=workers, generator=torch.Generator(), **options
     )
     arriving = None

@@ -49,7 +49,9 @@ def open_image(path: Path) -> Image.Image:
     except PermissionError:
         raise
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has more than the {2 * Image.MAX_IMAGE_PIXELS} pixels that Pillow opens") from None
+        raise ValueError(
+            f"{path} has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels that Pillow opens"
+        ) from None
     except Exception:  # Pillow's decoders raise a different class for each way in which a file is torn
         raise ValueError(f"{path} is not an image that Pillow can read") from None
     if image.mode[0] in "IF":  # one channel of more than 8 bits, which Pillow would clip at 255

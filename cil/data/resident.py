@@ -25,7 +25,8 @@ class ImageSet:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W)"""
-        return tuple(self.images.shape[-2:])
+        height, width = self.images.shape[-2:]
+        return height, width
 
     def batches(self, indices: Sequence[Tensor], seeds: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         """uint8 [b, 3, H, W] for each index tensor [b]. seeds are for the crops of a FileSet, and change nothing here."""

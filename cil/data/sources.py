@@ -87,12 +87,15 @@ def digits(_: Path, __: int = 0) -> Dataset:
     images = torch.from_numpy((pixels.reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8)).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(labels.astype(np.int64))
     train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels)
-    return _dataset(*(ImageSet(images[i], labels[i]) for i in (train, test)), [str(d) for d in range(10)])
+    sets = [ImageSet(images[i], labels[i]) for i in (train, test)]
+    return _dataset(sets[0], sets[1], [str(d) for d in range(10)])
 
 
 def cifar100(root: Path, _: int = 0) -> Dataset:
     """CIFAR-100 from whichever of its layouts is in `root`: `cifar-100-python/`, `cifar100.npz` (or the npz itself), or
     image folders `train/<class>/`, `test/<class>/`. Fine labels in alphabetical order; the usual published mean, std."""
+    train: ImageSet | FileSet
+    test: ImageSet | FileSet
     npz = root if root.suffix == ".npz" else root / "cifar100.npz"
     if npz.is_file():
         train, test, classes = _npz(npz)
@@ -131,8 +134,10 @@ def _cifar_python(root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
         raise ValueError(
             f"the files in {root / 'cifar-100-python'} are not the published ones (MD5); fetch them anew"
         ) from None
-    sets = [ImageSet(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
-    return *sets, list(parts[0].classes)
+    train, test = (
+        ImageSet(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
+    )
+    return train, test, list(parts[0].classes)
 
 
 def _npz(path: Path) -> tuple[ImageSet, ImageSet, list[str]]:
@@ -149,10 +154,11 @@ def _npz(path: Path) -> tuple[ImageSet, ImageSet, list[str]]:
             )
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or len(x) != len(y):
             raise ValueError(f"{path}: images are {x.dtype} {x.shape} with {len(y)} labels, not uint8 [n, H, W, 3]")
-    return *(
+    train, test = (
         ImageSet(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64)))
         for x, y in sets
-    ), classes
+    )
+    return train, test, classes
 
 
 def imagenet100(root: Path, image_size: int = 0) -> Dataset:
@@ -191,7 +197,7 @@ def folder(root: Path, image_size: int = 0) -> Dataset:
     for split in ("train", "test"):
         files = [(f, n) for n, c in enumerate(classes) for f in image_files(root / split / c)]
         sets.append(ImageSet(read_images([f for f, _ in files], image_size), torch.tensor([n for _, n in files])))
-    return _dataset(*sets, classes)
+    return _dataset(sets[0], sets[1], classes)
 
 
 def _dataset(train: ImageSet, test: ImageSet, classes: list[str]) -> Dataset:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cil import checkpoint, recipes
+from cil.data import Dataset
 from cil.run import Run
 from cil.schedule import plan, total_steps
 from cil.train import in_class_order, load_dataset
@@ -63,7 +64,8 @@ def expand(names: list[str], seeds: list[int] | None, settings: list[str], out: 
 
 def planned(jobs: list[Job]) -> list[Job]:
     """The jobs with their tasks and steps, or what is wrong with them; each data set is loaded once."""
-    datasets, found = {}, []
+    datasets: dict[tuple, Dataset] = {}
+    found = []
     for job in jobs:
         key = (job.run.dataset, job.run.data_dir, job.run.image_size)
         try:

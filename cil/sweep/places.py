@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import submitit
 import torch
@@ -29,10 +30,11 @@ class Place:
     gpus: list[str | None]
     workers: int
     threads: int
-    slurm: dict[str, object] | None = None
+    slurm: dict[str, Any] | None = None
 
     def __str__(self) -> str:
-        where = f"{self.device} {', '.join(self.gpus)}" if self.gpus[0] else self.device
+        gpus = ", ".join(filter(None, self.gpus))
+        where = f"{self.device} {gpus}".rstrip()
         how = "through Slurm" if self.slurm is not None else "here"
         return f"{how}, {self.workers} at once on {where}, threads of each: {self.threads}; logs in {self.folder}"
 
@@ -58,7 +60,7 @@ def visible_gpus(device: str) -> list[str | None]:
     if kind != "cuda":
         return [None]
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
+    names: list[str | None] = [*shown.split(",")] if shown else [str(i) for i in range(torch.cuda.device_count())]
     return [names[int(index)]] if index else names
 
 
@@ -68,9 +70,7 @@ def local_place(jobs: int, folder: Path, device: str, workers: int | None, threa
     return Place(folder, device, gpus, *chosen)
 
 
-def slurm_place(
-    jobs: int, folder: Path, device: str, workers: int | None, threads: int | None, **given: int | str
-) -> Place:
+def slurm_place(jobs: int, folder: Path, device: str, workers: int | None, threads: int | None, **given: Any) -> Place:
     if not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("--executor slurm needs sbatch and srun, and they are not here")
     workers, threads = choose_workers(jobs, 1, 0, workers or jobs, threads or given.get("cpus_per_task"))
@@ -107,9 +107,9 @@ def submit(place: Place, job: Job, gpu: str | None) -> submitit.Job:
     """Start a job, in a new folder: submitit names files by process id, which an earlier job may have had, too."""
     folder = place.folder / job.name
     shutil.rmtree(folder, ignore_errors=True)
-    local = place.slurm is None
+    local, named = place.slurm is None, {"job_name": job.name}
     executor = (submitit.LocalExecutor if local else submitit.SlurmExecutor)(folder)
-    executor.update_parameters(**({"timeout_min": FOREVER} if local else {"job_name": job.name} | place.slurm))
+    executor.update_parameters(**({"timeout_min": FOREVER} if place.slurm is None else named | place.slurm))
     # A terminal sends Ctrl-C to all its processes, and submitit would kill its job a second later. Children inherit what
     # is blocked, so the signal is the sweep's alone; nothing is lost, it comes when it is let in again.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
@@ -125,6 +125,10 @@ def submit(place: Place, job: Job, gpu: str | None) -> submitit.Job:
 
 def adopted(place: Place, jobs: list[Job]) -> dict[str, submitit.Job]:
     """Jobs by name that an earlier sweep left in Slurm and that are not over."""
-    ids = {} if place.slurm is None else {job.name: place.folder / job.name / "job_id" for job in jobs}
-    found = {name: submitit.SlurmJob(id.parent, id.read_text()) for name, id in ids.items() if id.is_file()}
+    if place.slurm is None:
+        return {}
+    ids = {job.name: place.folder / job.name / "job_id" for job in jobs}
+    found: dict[str, submitit.Job] = {
+        name: submitit.SlurmJob(id.parent, id.read_text()) for name, id in ids.items() if id.is_file()
+    }
     return {name: submitted for name, submitted in found.items() if not submitted.done(force_check=True)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from cil import text
 from cil.tables import SWEEP
 
-Row = dict[str, object]  # of SWEEP
+Row = dict[str, Any]  # of SWEEP
 
 
 def read_rows(path: Path) -> dict[str, Row]:

@@ -37,13 +37,14 @@ def state_of(job: Job, ours: bool = False) -> Row:
     row |= {"last": math.nan, "avg": math.nan, "fgt": math.nan, "seconds": 0.0, "reason": ""}
     try:
         if (job.path / "run.json").is_file():
-            directory = checkpoint.create(job.path, job.run, None)  # opens it, or says that it holds another run
+            directory = checkpoint.open_same(job.path, job.run)
             row |= {"tasks": len(directory.tasks), "of": len(directory.planned_tasks)}
-            epochs, accuracy = directory.table("training"), directory.table("accuracy")
+            epochs = directory.table("training")
             if epochs is not None:
                 row |= {"steps": int(epochs["steps"].sum()), "seconds": float(epochs["seconds"].sum())}
             if directory.finished:
-                percent = {name.lower(): 100 * value for name, value in scores(accuracy, job.run.training).items()}
+                found = scores(directory.written("accuracy"), job.run.training)
+                percent = {name.lower(): 100 * value for name, value in found.items()}
                 return row | {k: v for k, v in percent.items() if k in row} | {"state": "finished"}
     except ValueError as error:
         return row | {"state": "failed", "reason": str(error)}
@@ -83,7 +84,7 @@ def sweep(
     rows, show = {job.name: state_of(job) for job in jobs}, Display(out / "sweep.csv")
     jobs = sorted(jobs, key=lambda job: (job.turn, -job.steps))
     watch([job for job in jobs if rows[job.name]["state"] == "finished"])
-    live, gpu_of = adopted(place, jobs), {}
+    live, gpu_of = adopted(place, jobs), dict[str, str | None]()
     try:
         while any(row["state"] not in OVER for row in rows.values()):
             began, finished = time.monotonic(), []
@@ -149,7 +150,8 @@ def seconds_left(jobs: list[Job], rows: dict[str, Row], workers: int) -> float |
     def pace(some: list[Row]) -> float:
         return sum(row["seconds"] for row in some) / max(1, sum(row["steps"] for row in some))
 
-    left, everything = {"running": [], "running elsewhere": [], "waiting": []}, list(rows.values())
+    left: dict[str, list[float]] = {"running": [], "running elsewhere": [], "waiting": []}
+    everything = list(rows.values())
     for row in (rows[job.name] for job in jobs):
         alike = [other for other in everything if other["recipe"] == row["recipe"]]
         each = pace([row]) or pace(alike) or pace(everything)
@@ -178,7 +180,9 @@ class Display:
     """Shows the rows when they change: in a file, and on standard error as a table in one place, or as lines on no terminal."""
 
     def __init__(self, path: Path):
-        self.path, self.rows, self.lines, self.said = path, {}, [], time.monotonic()
+        self.path, self.said = path, time.monotonic()
+        self.rows: dict[str, Row] = {}
+        self.lines: list[str] = []
         self.others = read_rows(path)  # of earlier sweeps into the same folder
 
     def __call__(self, rows: dict[str, Row], left: float | None) -> None:

@@ -45,4 +45,4 @@ def train_job(run: Run, path: Path, device: str, threads: int, gpu: str | None, 
 
 
 # A job with this attribute is put back into Slurm's queue before its time is up.
-train_job.checkpoint = lambda *arguments: DelayedSubmission(train_job, *arguments)
+setattr(train_job, "checkpoint", lambda *arguments: DelayedSubmission(train_job, *arguments))  # noqa: B010

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from cil import checkpoint, data, sweep
 from cil.evaluate import format_scores
 from figures import attention_maps, nonlocality_over_tasks, style
@@ -39,7 +41,8 @@ def run_demo(out: Path, echo: Callable[[str], None], device: str = "cpu", thread
 
     figure = nonlocality_over_tasks.draw(result.nonlocality)
     drawn = [style.save(figure, out / "nonlocality_over_tasks.png")]
-    image = data.to_pil(data.load("digits").test.images[0])
+    (pixels,) = next(data.load("digits").test.batches([torch.tensor([0])]))
+    image = data.to_pil(pixels)
     image.save(out / "digit.png")
     specs = [f"{out / name}:all" for pair in PAIRS for name in (pair, f"{pair}-joint")]
     deepest = max(result.nonlocality["layer"])

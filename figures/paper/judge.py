@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ NO_EFFECT = "no effect that matters"
 ERROR = 0.05  # of the intervals, both sides together
 MOST_SEEDS = 16  # the exact interval takes 2^n subsets
 
-Row = dict[str, object]  # of CLAIMS
+Row = dict[str, Any]  # of CLAIMS
 
 
 def judge(tables: Tables, claims: Mapping[str, Claim]) -> pd.DataFrame:
@@ -113,10 +114,10 @@ def _judged_alone(claim: Claim, part: Part, parts: int, scale: str) -> Row:
     """The row of one of `parts` parts, whose intervals hold at once."""
     values = np.asarray(part.values, float)
     low, high = over_seeds(values, parts) if len(values) > 1 else (math.nan, math.nan)
-    over_images = bootstrap(part.images) if part.images is not None else (math.nan, math.nan)
+    first, last = bootstrap(part.images) if part.images is not None else (math.nan, math.nan)
     reason = f"{len(values)} of at least {MIN_SEEDS} seeds" if len(values) < MIN_SEEDS else ""
-    judged = verdict(values, low, high, *over_images)
-    return part_row(claim, part, scale, (low, high), judged, reason, over_images=over_images)
+    judged = verdict(values, low, high, first, last)
+    return part_row(claim, part, scale, (low, high), judged, reason, over_images=(first, last))
 
 
 def verdict(values: np.ndarray, low: float, high: float, low_images: float, high_images: float) -> str:
@@ -176,7 +177,7 @@ def interval(values: np.ndarray, at_once: int = 1) -> tuple[float, float]:
     """The interval (low, high) of the mean of values [n]; at_once: for how many statistics it holds together. NaN for n = 1."""
     if len(values) < 2:
         return math.nan, math.nan
-    ends = [over_seeds(values, at_once), exact(values, at_once)]
+    ends = np.array([over_seeds(values, at_once), exact(values, at_once)])
     return float(np.nanmin(ends)), float(np.nanmax(ends))
 
 

@@ -5,6 +5,7 @@ The page counts layers and tasks from 1, as the paper does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def write(built: Built, tables: Tables, out: str | Path, echo: Callable[[str], N
             echo(f"{name}: not run ({made})")
             continue
         frame, drawn, runs = made
-        atomically(out / f"{name}.csv", lambda part, frame=frame: _nine_digits(frame).to_csv(part, index=False))
+        atomically(out / f"{name}.csv", functools.partial(_nine_digits(frame).to_csv, index=False))
         write_text(out / f"{name}.txt", f"{ARTIFACTS[name].title}. {provenance_line(tables, name, runs)}\n")
         if isinstance(drawn, str):
             write_text(out / f"{name}.md", drawn)

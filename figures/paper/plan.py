@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cil import checkpoint, recipes, sweep
 from cil.files import git_state
+from cil.run import Run
 from cil.sweep import Job
 from figures.paper.artifacts import ARTIFACTS, planned_order
 from figures.paper.scales import BOTH, SCALES, RunKey, Runs
@@ -55,7 +56,8 @@ def _measured(keys: list[RunKey], *kinds: str) -> list[Need]:
 
 def jobs_of(wanted: Iterable[Need], out: Path, data_dir: str) -> dict[RunKey, Job]:
     """(recipe, seed) -> the run that serves it: runs of equal settings are one, under the name that comes first."""
-    same, jobs = {}, {}
+    same: dict[Run, Job] = {}
+    jobs = {}
     for recipe, seed in dict.fromkeys((recipe, seed) for recipe, seed, _ in wanted):
         run = recipes.find(recipe).change([f"data_dir={data_dir}"])
         (job,) = sweep.expand([recipe], [seed], [f"data_dir={data_dir}"], out)

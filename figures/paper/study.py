@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,7 @@ def load(folder: str | Path) -> dict[str, pd.DataFrame]:
 
 def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tuple[Frames, dict[str, object]]:
     """What training wrote down: the accuracy matrix, steps, and the row of RUNS."""
-    run, epochs, rows = directory.run, directory.table("training"), directory.table("accuracy")
+    run, epochs, rows = directory.run, directory.written("training"), directory.written("accuracy")
     scale, setting, system = recipes.parts(run.recipe)
     # An epoch drops what fills no batch.
     seen = np.minimum(epochs["images"], epochs["steps"] * run.batch_size).sum()
@@ -191,7 +192,9 @@ def examples(dataset: str) -> dict[str, tuple[Image.Image, str]]:
         test = data.load("digits").test
         first = {int(label): place for place, label in reversed(list(enumerate(test.labels)))}
         credit = "UCI Optical Recognition of Handwritten Digits, CC BY 4.0"
-        return {f"digit {d}": (data.to_pil(test.images[first[d]]), credit) for d in (0, 3, 8)}
+        chosen = (0, 3, 8)
+        pixels = next(test.batches([torch.tensor([first[d] for d in chosen])]))
+        return {f"digit {d}": (data.to_pil(x), credit) for d, x in zip(chosen, pixels, strict=True)}
     from sklearn.datasets import load_sample_images
 
     photos = load_sample_images().images  # China, flower
@@ -211,7 +214,7 @@ KINDS: dict[str, Callable[[RunDir, Sizes, str, str], tuple[Frames, dict[str, obj
 }
 
 
-def _described(images: dict[str, object]) -> dict[str, object]:
+def _described(images: dict[str, Any]) -> dict[str, object]:
     """Columns of MEASUREMENTS about the images; those that say which they are by index are hashed here."""
     digest = images.get("sha256") or hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()
     return {"images": images["n"], "source": images["source"], "sha256": digest}

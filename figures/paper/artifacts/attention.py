@@ -64,7 +64,7 @@ def _maps(tables: Tables, runs: pd.DataFrame, images: list[str], layer: int) -> 
     rows = tables["attention.parquet"]
     tasks = some_of(rows["task"].unique(), MOST_TASKS)
     grid = rows[["grid_rows", "grid_columns"]].iloc[0].to_numpy()
-    middle = tuple(int(g // 2) for g in grid)
+    middle = int(grid[0] // 2), int(grid[1] // 2)
     rows = rows[(rows["layer"] == layer) & (rows["query"] == middle[0] * grid[1] + middle[1])]
     parts = []
     for _, run in runs.iterrows():
@@ -86,5 +86,5 @@ def _map(heads: pd.DataFrame, grid: np.ndarray) -> pd.DataFrame:
     """Mean over rows of ATTENTION, one per head, as one row per patch: row, column, attention (0 to 1)."""
     weights = np.stack([np.frombuffer(row, np.uint8) for row in heads["weights"]]) / 255
     mean = (weights * heads["peak"].to_numpy()[:, None]).mean(0).reshape(grid)
-    row, column = np.indices(grid)
+    row, column = np.indices(tuple(grid))
     return pd.DataFrame({"row": row.ravel(), "column": column.ravel(), "attention": mean.ravel()})

@@ -133,7 +133,8 @@ def lpa_pays(tables: Tables, runs: pd.DataFrame) -> Evidence:
     - Last, Avg: with LPA minus without. Above 0: LPA classifies more images rightly
     - Fgt: without LPA minus with. Above 0: LPA forgets less
     """
-    found, refused = [], []
+    found: list[tuple[str, str]] = []
+    refused: list[str] = []
     for method in ("baseline", "dytox"):
         more, not_these = _lpa_pairs(tables, runs, "accuracy", method)
         found, refused = found + more, refused + not_these

@@ -16,8 +16,9 @@ are never mistaken for the baseline or for LPA. Which pairs are refused: figures
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -200,7 +201,7 @@ def lpa_pays(tables: Tables, runs: pd.DataFrame) -> Evidence:
             values = [sign * (percent[lpa][metric] - percent[plain][metric]) for lpa, plain in found]
             sides = "with LPA minus without" if sign > 0 else "without LPA minus with"
             words = f"{metric} of {system}, {setting}, {sides}"
-            parts.append(_part(name, words, "points", values, POINTS, tested(tables, found[0][0])))
+            parts.append(_part(name, words, "points", np.array(values), POINTS, tested(tables, found[0][0])))
     return Evidence(parts, refused)
 
 
@@ -221,14 +222,14 @@ def eigenvalues_grow(tables: Tables, runs: pd.DataFrame) -> Evidence:
     largest = [logs[logs.index.get_level_values("rank") < 5].mean() for logs in ratios]
     ratio = "log10 of eigenvalue with LPA over that without, mean over"
     return Evidence([
-        _part("eigenvalues", f"{ratio} ranks; {of_what}", "decades", [logs.mean() for logs in ratios], DECADES, n),
+        _part("eigenvalues", f"{ratio} ranks; {of_what}", "decades", np.array([logs.mean() for logs in ratios]), DECADES, n),
         _part("effective rank", f"effective rank with LPA minus without; {of_what}", "dimensions",
               rank_gains(tables, found), math.nan, n),
-        _part("largest five", f"{ratio} the five largest; {of_what}", "decades", largest, DECADES, n),
+        _part("largest five", f"{ratio} the five largest; {of_what}", "decades", np.array(largest), DECADES, n),
     ], refused)  # fmt: skip
 
 
-def _gains(tables: Tables, runs: pd.DataFrame, systems: dict[float, tuple[str, str]], free: set[str]):
+def _gains(tables: Tables, runs: pd.DataFrame, systems: Mapping[Any, tuple[str, str]], free: set[str]):
     """Avg of a system minus that of another one, points, for each (system, other): key -> Series by seed; and sentences."""
     percent, seed = percents(tables), runs.set_index("run")["seed"]
     gains, refused = {}, []

@@ -6,8 +6,9 @@ is in the module `cil.train`, which has the same name: `from cil.train import tr
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cil.lazy import names_of
 
 if TYPE_CHECKING:
     from cil.attention import ATTENTION as ATTENTION
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from cil.run import Run as Run
     from cil.tables import Table as Table
 
-# Public name -> the module of this package that has it. No name may be that of a module or package in here: which of the
-# two an import then gave would depend on what was imported before.
+# Public name -> the module of this package that has it.
 PUBLIC = {
     "ATTENTION": "attention",
     "DATASETS": "data",
@@ -59,13 +59,4 @@ PUBLIC = {
 }
 __all__ = list(PUBLIC)
 
-
-def __getattr__(name: str) -> object:
-    """A public name, from its module. Raises AttributeError for any other."""
-    if name not in PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC})
+__getattr__, __dir__ = names_of(__name__, PUBLIC)

@@ -28,7 +28,7 @@ class Draws:
 
     crop: Tensor | None  # int64 [2, b], rows and columns (augment.crop)
     flip: Tensor | None  # bool [b]
-    operations: list[list[Operation]]  # of RandAugment, a list a layer
+    operations: list[list[Operation]]  # of RandAugment, one list per layer
     lam: float | None  # of mixup, the same for the whole batch
     drop_path: list[Tensor]  # float32 [b k, ...] a call: 0 where the row is dropped, else 1 / (1 - p)
 
@@ -42,7 +42,7 @@ class Draws:
 
         layers = [[Operation(o.number, send(o.rows), send(o.argument)) for o in layer] for layer in self.operations]
         masks = self.drop_path
-        if masks:  # one copy, not one a call
+        if masks:  # one copy for all calls
             flat = send(torch.cat([mask.flatten() for mask in masks])).split([mask.numel() for mask in masks])
             masks = [part.view(mask.shape) for part, mask in zip(flat, masks, strict=True)]
         crop, flip = (None if drawn is None else send(drawn) for drawn in (self.crop, self.flip))
@@ -89,7 +89,7 @@ def kept(n: int, p: float, shape: tuple[int, ...], generator: Generator) -> Tens
 
 
 def operations(n: int, config: RandAugment, generator: Generator) -> list[list[Operation]]:
-    """RandAugment's draws for n images, a list a layer; inside parallel.batch, for the rows of this process."""
+    """RandAugment's draws for n images, one list per layer; inside parallel.batch, for the rows of this process."""
     to_argument = list(augment.arguments(config.increasing).values())
     layers = []
     for number, level, sign in zip(*(parallel.own(t, dim=1) for t in levels(n, config, generator)), strict=True):

@@ -85,7 +85,7 @@ class Incremental(nn.Module):
     def __init__(self, run: Run):
         super().__init__()
         self.init_std = run.init_std
-        self.heads = nn.ModuleList()  # one a task
+        self.heads = nn.ModuleList()  # one per task
 
     def grow(self, num_classes: int, divergence: bool = False) -> None:
         """Add a task of `num_classes` classes; with `divergence` a new divergence head, where the kind has one."""
@@ -122,7 +122,7 @@ class IncrementalViT(Incremental):
         self.task_block = TaskBlock(
             run.dim, TaskAttention(run.dim, run.num_heads, self.grid), run.mlp_ratio, drop_path[-1]
         )
-        self.tokens = nn.ParameterList()  # one class token, or one token a task: [1, 1, dim] each
+        self.tokens = nn.ParameterList()  # one class token, or one token per task: [1, 1, dim] each
         self.div_head = None
         init_weights(self, run.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=run.init_std)
@@ -131,7 +131,7 @@ class IncrementalViT(Incremental):
                 nn.init.eye_(attn.get_parameter("v.weight"))
 
     def grow(self, num_classes: int, divergence: bool = False) -> None:
-        """Add a task of `num_classes` classes: a head, a token where the method has one a task, a new divergence head."""
+        """Add a task of `num_classes` classes: a head, a token where the method has one per task, a new divergence head."""
         dim = self.pos_embed.shape[-1]
         device = self.pos_embed.device
         if self.token_per_task or not self.tokens:

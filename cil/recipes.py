@@ -3,7 +3,7 @@
     paper               the protocol at full size, on a GPU
     paper-as-released   the same with the quirks of the released code, each a setting of its own
     learned             ten classes of real CIFAR-100, trained until new classes are learned, a quarter of an hour on one core
-    small               real CIFAR-100, all classes, cut to minutes on one core; new classes are hardly learned
+    small               real CIFAR-100, all classes, cut to minutes on one core; few of the new classes are learned
     demo                digits, seconds
 
 A name is SCALE[-imagenet][-SCENARIO]-METHOD: paper-b50-5-dytox-lpa, demo-baseline. Sweeps end in -lambda-VALUE or

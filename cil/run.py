@@ -222,6 +222,12 @@ class Run:
         both = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
 
+    def without(self, free: Collection[str]) -> Run:
+        """This run with the settings in `free`, and those that change no number, at their defaults: runs that differ in
+        nothing else are then equal."""
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: defaults[name] for name in (*free, *CHANGE_NOTHING)})
+
     def is_twin_of(self, other: Run) -> bool:
         """Whether the two are equal in everything that the science depends on, except `training`."""
         return not self.differences(other, {"training"})

@@ -110,7 +110,7 @@ def _thousands(means: pd.DataFrame, frame: pd.DataFrame, steps: pd.DataFrame) ->
 
 
 def _draw_pair(block: SubFigure, means: pd.DataFrame, columns: int, label: str, first: int) -> None:
-    """A panel a layer; `means` [kind, layer, training, x -> d_loc, d_uniform] of one pair, in patches."""
+    """One panel per layer; `means` [kind, layer, training, x -> d_loc, d_uniform] of one pair, in patches."""
     kinds = means.sort_values("layer")["kind"].unique()
     block.suptitle(f"{' + '.join(kinds)}  ({means['pair'].iloc[0]})", weight="bold")
     block.supxlabel(label)

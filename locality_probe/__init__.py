@@ -5,8 +5,9 @@ Public names are loaded when they are asked for, so that importing the package w
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cil.lazy import names_of
 
 if TYPE_CHECKING:
     from locality_probe.doctor import examine as examine
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module of this package that has it. No name may be that of a module or package in here: which of the
-# two an import then gave would depend on what was imported before. So `record` is in locality_probe.record alone.
+# Public name -> the module of this package that has it. The function `record` is in the package of that name alone.
 PUBLIC = {
     "HeatMaps": "heatmap",
     "LIBRARIES": "typed",
@@ -66,13 +66,4 @@ PUBLIC = {
 }
 __all__ = list(PUBLIC)
 
-
-def __getattr__(name: str) -> object:
-    """A public name, from its module. Raises AttributeError for any other."""
-    if name not in PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC})
+__getattr__, __dir__ = names_of(__name__, PUBLIC)

@@ -157,7 +157,7 @@ def confounders(pairs: list[tuple[str, str]]) -> list[str]:
 
 
 def format_table(frame: pd.DataFrame) -> str:
-    """The COMPARISON table as text: task x layer, difference and simultaneous interval, then a sentence a layer."""
+    """The COMPARISON table as text: task x layer, difference and simultaneous interval, then one sentence per layer."""
     first, (name, other) = frame.iloc[0], compared(frame)
     layers = sorted(frame["layer"].unique())
     at_once = f"all {len(frame)} rows" if first["over"].startswith("images") else "all layers of a task"

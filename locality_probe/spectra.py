@@ -31,7 +31,7 @@ class Covariance:
     scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     def update(self, features: Tensor) -> Covariance:
-        """This, with [b, d] more."""
+        """Returns the covariance after adding features [b, d]."""
         if not len(features):
             return self
         z = features.double()

@@ -56,7 +56,7 @@ def from_run(directory: RunDir, task: int, at_step: int = AFTER) -> Subject:
     return Subject(
         directory.name, directory.twin_of or directory.name, directory.run.training, task, model,
         lambda image: crop(image, directory.image_size), directory.mean, directory.std,
-        str(replace(directory.run, seed=0, data_dir="", recipe="", checkpoints="")), directory.run.seed, at_step,
+        str(directory.run.without({"seed"})), directory.run.seed, at_step,
     )  # fmt: skip
 
 

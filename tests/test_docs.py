@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from figures.paper.artifacts import build
+from figures.paper.artifacts import ARTIFACTS, build
 from figures.paper.claims import judge
 from figures.paper.study import load
 from locality_probe.cli import main
@@ -87,6 +87,16 @@ def test_files_named_on_the_page_on_extending_are_there():
     names = re.findall(r"`((?:cil|locality_probe|docs|tests)/[\w./]+)`", page)
     names += [f"docs/{name}" for name in re.findall(r"\]\(((?!http|#)[^)]+)\)", page)]
     assert names and not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_the_readmes_table_of_figures_is_that_of_the_registry():
+    rows = re.findall(r"^\| (\w[^|]*) \| `([\w,]+)` \|", README.split("`--only`")[1], flags=re.M)
+    named = [name for _, names in rows for name in names.split(",")]
+    pictured = re.findall(r"docs/small/(\w+)\.(?:png|md)", README)
+    assert len(named) == len(set(named)) and {*named} <= {*ARTIFACTS} <= {*named, *pictured}
+    for title, names in rows:
+        for name in names.split(","):
+            assert ARTIFACTS[name].title.startswith(title.replace("Figures 2, 3", f"Figure {name[-1]}"))
 
 
 def test_files_named_in_the_readme_are_there():

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from locality_probe.commands.base import warn
 from locality_probe.typed import Typed, check_place, parse_grid, split_model, typed
+
+if TYPE_CHECKING:
+    from cil.checkpoint import RunDir
 
 Option = Callable[[Callable], Callable]  # decorates a command's function
 
@@ -85,7 +90,7 @@ def placement(command: Callable) -> Callable:
     for option in (
         click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="For sbatch, like partition=gpu; repeatable."),
         click.option("--threads", type=int, help="CPU threads of each.  [default: 1; on GPUs the cores, shared out]"),
-        click.option("--workers", type=int, help="Trainings at once.  [default: one a GPU, or else one a core; all on Slurm]"),
+        click.option("--workers", type=int, help="Trainings at once.  [default: one per GPU, or else one per core; all on Slurm]"),
         click.option("--executor", default="local", show_default=True, help="local: this machine; slurm: a cluster."),
     ):  # fmt: skip
         command = option(command)
@@ -127,6 +132,25 @@ def check_folder(path: Path) -> None:
         raise Typed(f"{there} is a file, where --out needs a folder")
     if not os.access(there, os.W_OK):
         raise Typed(f"{there} cannot be written to; choose another --out")
+
+
+def open_runs(
+    paths: Iterable[str], tasks: Iterable[int], out: Path | None, device: str, threads: int | None
+) -> tuple[list[RunDir], Path, str]:
+    """What a command that measures runs begins with: their directories, joint twins beside them; the folder for what it
+    writes, by default the first of them; the device.
+
+    Raises ValueError for what is no run directory, and Typed for a folder or a device that cannot be.
+    """
+    check_runs(paths)
+    if out:
+        check_folder(out)
+    from locality_probe.plan import runs_of
+
+    directories = runs_of(list(paths), list(tasks), warn)
+    out, device = out or directories[0].path, compute_on(device, threads)
+    check_folder(out)
+    return directories, out, device
 
 
 def with_data(settings: Iterable[str], data_dir: str | None) -> list[str]:

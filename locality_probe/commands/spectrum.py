@@ -23,18 +23,12 @@ def spectrum_command(runs, n, seed, tasks, data_dir, out, threads, device) -> No
     Features are the mean patch token after each block and the token that the newest head is fed. Writes spectrum.parquet,
     spectrum_summary.csv (effective rank, participation ratio, RankMe, slope, ...), spectrum_measurement.json, spectrum.png.
     """
-    options.check_runs(runs)
-    if out:
-        options.check_folder(out)
+    directories, out, device = options.open_runs(runs, tasks, out, device, threads)
     import figures.spectra
     from cil.progress import counter
     from figures import style
     from locality_probe import spectra
-    from locality_probe.plan import runs_of
 
-    directories = runs_of(list(runs), list(tasks), warn)
-    out, device = out or directories[0].path, options.compute_on(device, threads)
-    options.check_folder(out)
     with counter(sum(1 + len(d.tasks) for d in directories), "networks measured") as report:
         found = spectra.spectra(directories, list(tasks), n, seed, data_dir, device, report, warn)
     paths = [*found.write(out), style.save(figures.spectra.draw(found.spectrum), out / "spectrum.png")]

@@ -24,18 +24,12 @@ def transfer_command(runs, per_class, test_per_class, seed, tasks, data_dir, out
     Joint twins are measured beside their runs. Controls: the network as initialised, shuffled labels. Writes transfer.csv,
     cka.csv (to the twin and to task 0), transfer_locality.csv (rank correlation with D_loc over layers), transfer.png.
     """
-    options.check_runs(runs)
-    if out:
-        options.check_folder(out)
+    directories, out, device = options.open_runs(runs, tasks, out, device, threads)
     import figures.transfer
     from cil.progress import counter
     from figures import style
     from locality_probe import transfer
-    from locality_probe.plan import runs_of
 
-    directories = runs_of(list(runs), list(tasks), warn)
-    out, device = out or directories[0].path, options.compute_on(device, threads)
-    options.check_folder(out)
     with counter(sum(1 + len(tasks or d.tasks) for d in directories), "networks measured") as report:
         found = transfer.transfer(
             directories, list(tasks), per_class, test_per_class, seed, data_dir, device, report, warn

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from locality_probe.commands.base import warn
 from locality_probe.typed import Typed, check_place, parse_grid, split_model, typed
-
-if TYPE_CHECKING:
-    from cil.checkpoint import RunDir
 
 Option = Callable[[Callable], Callable]  # decorates a command's function
 
@@ -136,7 +132,7 @@ def check_folder(path: Path) -> None:
 
 def open_runs(
     paths: Iterable[str], tasks: Iterable[int], out: Path | None, device: str, threads: int | None
-) -> tuple[list[RunDir], Path, str]:
+) -> tuple[list, Path, str]:
     """What a command that measures runs begins with: their directories, joint twins beside them; the folder for what it
     writes, by default the first of them; the device.
 

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cil import checkpoint
 from cil.files import atomically
-from locality_probe.record import Layer, Recorded, record
+from locality_probe.queries import Query, measure_of, no_query, rolled_out, rows_of
+from locality_probe.record import Recorded, record
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL
 from locality_probe.typed import Patch, Pixel, Typed, parse_heads, parse_layers, parse_query, split_checkpoint, typed
 
 AXES = ("run", "task", "layer", "head")
-Query = str | Patch  # mean, cls, or a patch
 
 
 @dataclass(frozen=True)
@@ -162,13 +161,13 @@ def attention_of(
     """
     model, x = subject.model.to(device), subject.preprocess(image)[None].to(device)
     try:
-        measure = _rows_of if rollout else _measure(query)
+        measure = rows_of if rollout else measure_of(query)
         found = record(model, x, measure, subject.grid, subject.num_prefix_tokens)
     except Typed:
         raise
     except ValueError as error:
         raise ValueError(f"{subject.run}: {error}") from None
-    return _rolled(found, query, subject.run) if rollout else found
+    return rolled_out(found, query, subject.run) if rollout else found
 
 
 def chosen(found: list[Recorded], layers: list[int] | None, query: str, run: str) -> list[Recorded]:
@@ -179,13 +178,13 @@ def chosen(found: list[Recorded], layers: list[int] | None, query: str, run: str
         raise Typed(f"no layer {missing[0]} in {run}; there: {', '.join(map(str, there))}")
     usable = [item for item in found if item.values]
     if not usable:
-        raise Typed(_no_query(query, found))
+        raise Typed(no_query(query, found))
     if layers is None:
         return usable
     for number in layers:
         if not found[number].values:
             others = ", ".join(str(item.layer.index) for item in usable)
-            raise Typed(_no_query(query, [found[number]]) + f"; layers with it: {others}")
+            raise Typed(no_query(query, [found[number]]) + f"; layers with it: {others}")
     return [found[number] for number in layers]
 
 
@@ -281,83 +280,6 @@ def _grid_of(subject: Subject, device: str) -> Patch:
             rows, columns = item.layer.grid
             return rows, columns
     raise ValueError(f"no layer of {subject.run} has attention between patches, so no patch shows a pixel")
-
-
-def _measure(query: Query):
-    """record's measure: {map: [b, H, g_h, g_w]}, or nothing where the layer has no such query."""
-
-    def measure(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
-        return _map(_row(attention, layer, query), layer)
-
-    return measure
-
-
-def _map(row: Tensor | None, layer: Layer) -> dict[str, Tensor]:
-    """What a query attends to, [b, H, K], on the grid: {map: [b, H, g_h, g_w]}, or nothing where it has none."""
-    drawn = None if row is None else layer.on_grid(row)
-    return {} if drawn is None else {"map": drawn.cpu()}
-
-
-def _row(attention: Tensor, layer: Layer, query: Query) -> Tensor | None:
-    """What the query attends to, [b, H, K], or None where the layer has no such query."""
-    if layer.geometry.key_order is None or len(layer.grid) != 2:
-        return None
-    if isinstance(query, tuple) and not all(0 <= q < g for q, g in zip(query, layer.grid, strict=True)):
-        raise Typed(f"query patch {query} is outside the grid of {layer.grid[0]} x {layer.grid[1]} patches")
-    if query == "cls":
-        if not layer.between_patches:
-            return attention[:, :, -1]
-        elsewhere = (~layer.geometry.placed_queries[0]).nonzero()
-        return attention[:, :, elsewhere[0, 0]] if len(elsewhere) else None
-    patches = layer.of_patches(attention) if layer.between_patches else None
-    if patches is None:
-        return None
-    return patches[:, :, query[0] * layer.grid[1] + query[1]] if isinstance(query, tuple) else patches.mean(2)
-
-
-def _rows_of(attention: Tensor, layer: Layer) -> dict[str, Tensor]:
-    """record's measure for the rollout: mean over heads [b, 1, Q, K], or nothing within windows."""
-    return {"rows": attention.mean(1, keepdim=True).cpu()} if layer.extent == "grid" else {}
-
-
-def _rolled(found: list[Recorded], query: Query, run: str) -> list[Recorded]:
-    """Each layer's mean attention [1, 1, Q, K] -> the rollout up to it, seen from the query: {map: [1, 1, g_h, g_w]}.
-
-    Raises ValueError where a layer is missing or its tokens are others: attention cannot be followed through it then.
-    """
-    rolled, so_far, first = [], None, None
-    for item in found:
-        layer = item.layer
-        if not item.values:
-            why = layer.reason or "it attends within windows"
-            raise ValueError(f"no rollout of {run}: layer {layer.index} ({layer.name}) is not seen as a whole: {why}")
-        attention = item.values["rows"]
-        if not layer.between_patches:  # tokens that look at the patches of the last layer, and at themselves
-            extra = layer.keys - (0 if so_far is None else so_far.shape[-1])
-            if so_far is not None and extra >= 0:
-                own, patches = attention[..., :extra], attention[..., extra:]
-                attention = torch.cat([own, patches @ so_far], -1)
-            row = _row(attention, layer, query)
-        else:
-            first = first or layer
-            if not torch.equal(layer.geometry.keys.nan_to_num(-1.0), first.geometry.keys.nan_to_num(-1.0)):
-                raise ValueError(
-                    f"no rollout of {run}: the tokens of layer {layer.index} are not those of layer {first.index}"
-                )
-            step = (attention + torch.eye(layer.keys)) / 2
-            so_far = step if so_far is None else step @ so_far
-            row = _row(so_far, layer, query)
-        rolled.append(Recorded(layer, _map(row, layer)))
-    return rolled
-
-
-def _no_query(query: str, found: list[Recorded]) -> str:
-    reason = next((item.layer.reason for item in found if item.layer.reason), "")
-    if any(item.layer.extent == "window" for item in found):
-        reason = reason or "it attends within windows, which are not drawn over an image"
-    what = "class token" if query == "cls" else "patch"
-    where = f"layer {found[0].layer.index}" if len(found) == 1 else "any layer"
-    return f"there is no {what} among the queries of {where}" + (f" ({reason})" if reason else "")
 
 
 def _heads(maps: np.ndarray, heads: list[int] | str, run: str) -> dict[str, np.ndarray]:

@@ -86,7 +86,7 @@ def placement(command: Callable) -> Callable:
     for option in (
         click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="For sbatch, like partition=gpu; repeatable."),
         click.option("--threads", type=int, help="CPU threads of each.  [default: 1; on GPUs the cores, shared out]"),
-        click.option("--workers", type=int, help="Trainings at once.  [default: one per GPU, or else one per core; all on Slurm]"),
+        click.option("--workers", type=int, help="Trainings at once.  [default: one per GPU, else per core; all on Slurm]"),
         click.option("--executor", default="local", show_default=True, help="local: this machine; slurm: a cluster."),
     ):  # fmt: skip
         command = option(command)

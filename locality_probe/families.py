@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from locality_probe.doctor import BATCH, examine
 from locality_probe.record import Layer
@@ -63,55 +65,75 @@ HF: dict[str, dict[str, Any]] = {  # name of the configuration and model in tran
     "GPT2": {"n_embd": 48, "n_layer": 2, "n_head": 3}, "Llama": _TINY | {"num_key_value_heads": 1},
     "Bert": _TINY,
 }  # fmt: skip
-VIDEO = {"VideoMAE": (2, 4, 4), "Timesformer": (4, 4, 4), "VJEPA2": (2, 4, 4)}  # frames (or pairs), rows, columns
+VIDEOS = {"VideoMAE": (2, 4, 4), "Timesformer": (4, 4, 4), "VJEPA2": (2, 4, 4)}  # frames (or pairs), rows, columns
 TEXT = 24  # tokens of a text
+TEXTS = ("GPT2", "Llama", "Bert")
+GIVEN: dict[str, Any] = {  # grids of what is no image
+    **VIDEOS, **dict.fromkeys(TEXTS, (TEXT,)), "CLIP": {"text_model": (TEXT,)}, "Siglip2Vision": (4, 4),
+}  # fmt: skip
 FAMILIES = len(TIMM) + len(TORCHVISION) + len(HF)
 
 
-def families() -> Iterator[tuple[str, str, str, Callable[[], list[Layer]]]]:
-    """(library, family, model, its layers when called), random weights, the whole network on two random inputs."""
+@dataclass(frozen=True)
+class Member:
+    """A small network of a family. make: it, with random weights, and the inputs that it takes, by position and by name."""
+
+    library: str
+    family: str
+    name: str
+    make: Callable[[], tuple[nn.Module, tuple, dict[str, Any]]]
+    grid: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None  # of what is no image
+
+    def layers(self) -> list[Layer]:
+        """Its attention layers on two random inputs. Raises ValueError where it has none."""
+        torch.manual_seed(0)
+        model, inputs, named = self.make()
+        return examine(model, *inputs, grid=self.grid, **named)
+
+
+def families() -> Iterator[Member]:
+    """A member of each family; those of transformers only where it is installed."""
     import timm
     import torchvision
 
-    def timm_layers(name: str) -> list[Layer]:
+    def of_timm(name: str) -> tuple[nn.Module, tuple, dict[str, Any]]:
         model = timm.create_model(name, num_classes=3)
-        size = timm.data.resolve_model_data_config(model)["input_size"]
-        return examine(model, torch.randn(BATCH, *size))
+        return model, (torch.randn(BATCH, *timm.data.resolve_model_data_config(model)["input_size"]),), {}
 
     for family, name in TIMM.items():
-        yield "timm", family, name, functools.partial(timm_layers, name)
+        yield Member("timm", family, name, functools.partial(of_timm, name))
 
-    def torchvision_layers(name: str) -> list[Layer]:
-        return examine(torchvision.models.get_model(name, num_classes=3), torch.randn(BATCH, 3, 224, 224))
+    def of_torchvision(name: str) -> tuple[nn.Module, tuple, dict[str, Any]]:
+        return torchvision.models.get_model(name, num_classes=3), (torch.randn(BATCH, 3, 224, 224),), {}
 
     for family, name in TORCHVISION.items():
-        yield "torchvision", family, name, functools.partial(torchvision_layers, name)
+        yield Member("torchvision", family, name, functools.partial(of_torchvision, name))
     with contextlib.suppress(ImportError):
-        import transformers
-
-        def hf_layers(name: str, settings: dict) -> list[Layer]:
-            config = getattr(transformers, f"{name}Config")(**settings)
-            model = getattr(transformers, f"{name}Model")(config)
-            if model.main_input_name == "input_ids" and name != "CLIP":
-                return examine(model, torch.randint(100, (BATCH, TEXT)), grid=(TEXT,))
-            if name == "CLIP":
-                ids = torch.randint(100, (BATCH, TEXT))
-                return examine(
-                    model, input_ids=ids, pixel_values=torch.randn(BATCH, 3, 64, 64), grid={"text_model": (TEXT,)}
-                )
-            if name == "Siglip2Vision":  # patches, and how many rows and columns each image has of them
-                masks: dict[str, Any] = {
-                    "pixel_attention_mask": torch.ones(BATCH, 16).long(),
-                    "spatial_shapes": torch.full((BATCH, 2), 4),
-                }
-                return examine(model, pixel_values=torch.randn(BATCH, 16, 768), **masks, grid=(4, 4))
-            if name in VIDEO:
-                return examine(model, torch.randn(BATCH, 4, 3, 64, 64), grid=VIDEO[name])
-            size = getattr(config, "image_size", 64)
-            return examine(model, torch.randn(BATCH, 3, *([size] * 2 if isinstance(size, int) else size)))
+        import transformers  # noqa: F401
 
         for name, settings in HF.items():
-            yield "transformers", name, f"{name}Model", functools.partial(hf_layers, name, settings)
+            make = functools.partial(_of_transformers, name, settings)
+            yield Member("transformers", name, f"{name}Model", make, GIVEN.get(name))
+
+
+def _of_transformers(name: str, settings: dict[str, Any]) -> tuple[nn.Module, tuple, dict[str, Any]]:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}Model")(config)
+    named: dict[str, Any] = {}
+    if name in TEXTS:
+        return model, (torch.randint(100, (BATCH, TEXT)),), named
+    if name == "CLIP":
+        named = {"input_ids": torch.randint(100, (BATCH, TEXT)), "pixel_values": torch.randn(BATCH, 3, 64, 64)}
+        return model, (), named
+    if name == "Siglip2Vision":  # patches, and how many rows and columns each image has of them
+        named = {"pixel_values": torch.randn(BATCH, 16, 768), "pixel_attention_mask": torch.ones(BATCH, 16).long()}
+        return model, (), named | {"spatial_shapes": torch.full((BATCH, 2), 4)}
+    if name in VIDEOS:
+        return model, (torch.randn(BATCH, 4, 3, 64, 64),), named
+    size = getattr(config, "image_size", 64)
+    return model, (torch.randn(BATCH, 3, *([size] * 2 if isinstance(size, int) else size)),), named
 
 
 def support_matrix(report: Callable[[str], None] = lambda family: None) -> str:
@@ -119,10 +141,10 @@ def support_matrix(report: Callable[[str], None] = lambda family: None) -> str:
     from cil.files import versions
 
     rows, counts = [], {"families": 0, "layers": 0, "ok": 0, "window": 0, "skipped": 0}
-    for library, family, name, layers_of in families():
+    for member in families():
+        library, family, name = member.library, member.family, member.name
         try:
-            torch.manual_seed(0)
-            layers = layers_of()
+            layers = member.layers()
         except ValueError as error:  # no attention: refused in a sentence
             rows.append(f"| {library} | {family} | `{name}` | refused | | | {error} |")
             counts["families"] += 1

@@ -13,6 +13,7 @@ USUAL = 0.12  # of the spacing: where points are this near on average, and one t
 UNEVEN = 2.0  # the widest gap between neighbouring rows over the narrowest
 SQUEEZED = 0.25  # of the usual gap: what the outermost rows may be pushed inwards to, where convolutions see the border
 HALVES = 0.12  # of a patch: farther from a whole number of halves than this, it is not clear where a coarse row is
+EXTENT = 0.25  # of the finer lattice: by more than this, and a row, two that cover the same image do not differ
 SAME = 1e-4  # of the image's side: tokens that are seen nearer to each other than this are one, in two windows
 
 
@@ -125,6 +126,8 @@ def beside(fine: Lattice, coarse: Lattice) -> np.ndarray | None:
         step = coarse.spacing[d] / unit if len(b) > 1 else float(len(a))
         whole = max(round(step), 1)
         if len(b) > 1 and abs(step - whole) > 0.1 * whole:
+            return None
+        if abs(whole * len(b) - len(a)) > max(whole, EXTENT * len(a)):
             return None
         origin = np.median(a / unit - np.arange(len(a)))  # of most rows: zero padding pushes the outer ones inwards
         first = np.median(b / unit - origin - whole * np.arange(len(b)))

@@ -235,6 +235,8 @@ def _geometry(
         if fitted is None or cells_q is None:
             return QUERIES
         asking = fitted
+    if _shared(answered_q.numpy(), cells_q):
+        return QUERIES  # each of them is of a large part of the image, as after a wide convolution
     fine, coarse = (keys, asking) if math.prod(keys.shape) > math.prod(asking.shape) else (asking, keys)
     at = {id(fine): lambda cells: cells.astype(float)}
     if fine is not coarse:
@@ -256,6 +258,12 @@ def _geometry(
     geometry = Geometry(torch.from_numpy(q)[..., axes], torch.from_numpy(k)[..., axes], grid, pixels if known else None,
                         tuple(sides[-2:]) if known else None)  # fmt: skip
     return geometry, whole
+
+
+def _shared(there: np.ndarray, cells: np.ndarray) -> bool:
+    """Whether two tokens of one window are at one place; there: [W, N], cells [n, axes] of those that are there."""
+    windows = np.broadcast_to(np.arange(len(there))[:, None], there.shape)[there]
+    return len(np.unique(np.column_stack([windows, cells]), axis=0)) < len(cells)
 
 
 def _axes(fine: Lattice, count: int) -> list[int]:

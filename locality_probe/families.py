@@ -58,6 +58,7 @@ HF: dict[str, dict[str, Any]] = {  # name of the configuration and model in tran
              "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
              "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 9},
     "CLIP": {"vision_config": _IMAGE, "text_config": _TINY | {"num_hidden_layers": 1}},
+    "Qwen2VLVision": {"depth": 2, "embed_dim": 48, "num_heads": 3, "hidden_size": 64, "mlp_ratio": 2},
     "Siglip2Vision": _TINY | {"num_patches": 16, "patch_size": 16},
     "VideoMAE": _IMAGE | {"num_frames": 4}, "Timesformer": _IMAGE | {"num_frames": 4},
     "VJEPA2": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "crop_size": 64, "patch_size": 16,
@@ -69,7 +70,7 @@ VIDEOS = {"VideoMAE": (2, 4, 4), "Timesformer": (4, 4, 4), "VJEPA2": (2, 4, 4)} 
 TEXT = 24  # tokens of a text
 TEXTS = ("GPT2", "Llama", "Bert")
 GIVEN: dict[str, Any] = {  # grids of what is no image
-    **VIDEOS, **dict.fromkeys(TEXTS, (TEXT,)), "CLIP": {"text_model": (TEXT,)}, "Siglip2Vision": (4, 4),
+    **VIDEOS, **dict.fromkeys(TEXTS, (TEXT,)), "CLIP": {"text_model": (TEXT,)},
 }  # fmt: skip
 FAMILIES = len(TIMM) + len(TORCHVISION) + len(HF)
 
@@ -119,6 +120,12 @@ def families() -> Iterator[Member]:
 def _of_transformers(name: str, settings: dict[str, Any]) -> tuple[nn.Module, tuple, dict[str, Any]]:
     import transformers
 
+    if name == "Qwen2VLVision":  # patches of one image after another, and the frames, rows and columns of each
+        from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
+        from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+        tower = qwen.Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**settings))
+        return tower, (torch.randn(32 + 24, 3 * 2 * 14 * 14),), {"grid_thw": torch.tensor([[1, 4, 8], [1, 6, 4]])}
     config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, f"{name}Model")(config)
     named: dict[str, Any] = {}

@@ -92,6 +92,11 @@ def place(library: str, family: str, name: str, shape: tuple[int, ...]) -> tuple
         return oracle.video(2, 4, 4), oracle.video(2, 4, 4)
     if family == "Timesformer":
         return grid(4, prefix=1), grid(4, prefix=1)
+    if family == "Qwen2VLVision":  # in blocks of 2 x 2, which are merged into one later
+        rows, columns = {32: (4, 8), 24: (6, 4)}[queries]
+        blocks = grid(rows // 2, columns // 2) * 2
+        places = (blocks[:, None] + grid(2)).reshape(-1, 2)
+        return places, places
     if family == "Yolos":
         places = np.concatenate([grid(4, prefix=1), np.full((100, 2), np.nan)])
         return places, places

@@ -19,6 +19,7 @@ from locality_probe.record.asked import asked_maps, offers_map
 from locality_probe.record.layer import AttentionLayer, Layer, Recorded
 from locality_probe.record.maps import Maps, Measure, Reader, slices
 from locality_probe.record.observer import Grids, Observer, image_of, tensors_of
+from locality_probe.record.packs import pack_of
 from locality_probe.record.sighting import Run, Sighting
 from locality_probe.record.watch import Watch, looks_like_attention
 
@@ -52,14 +53,16 @@ class Recorder:
     def forward(self, *inputs: object, **named: object) -> object:
         """The model's output; `result()` then has each layer with what was read off it.
 
-        Raises ValueError for inputs without a tensor.
+        Raises ValueError for inputs without a tensor, and for packed patches that are not of the grids beside them.
         """
         tensors = [x for x in tensors_of(inputs, named) if x.ndim]
         if not tensors:
             raise ValueError("give the model's input as tensors, [B, ...]")
-        image = image_of(inputs, named)
+        pack = pack_of(self.model, inputs, named)
+        image = image_of(inputs, named) if pack is None else pack.patches
         first = tensors[0] if image is None else image
-        self.batch, self.device, self.image = len(first), first.device.type, image
+        self.batch = 1 if pack is not None and pack.flat else len(first)  # such a model attends image by image
+        self.device, self.image = first.device.type, image if pack is None else None
         with as_written(self.model):
             if self.observed:
                 self.observer.observe(inputs, named, Watch)

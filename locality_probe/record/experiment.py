@@ -171,17 +171,21 @@ def copies_of(keys: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def changed(image: Tensor, axes: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def along(image: Tensor, axis: int) -> Tensor:
+    """Where the pixels of an input [C, ...] are along one of its dimensions, 0 to 1, in a shape that fits the input."""
+    side = image.shape[axis]
+    ramp = ((torch.arange(side, device=image.device) + 0.5) / side).to(image.dtype)
+    return ramp.view([side if n == axis else 1 for n in range(image.ndim)])
+
+
+def changed(image: Tensor, parts: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """One input [C, ...] -> [batch, C, ...]: itself, and for each draw of noise itself with the noise, and with the noise
-    that grows along each of `axes` (dimensions of the input, without the batch)."""
+    that grows along each axis. parts: for each axis where what the input holds is, 0 to 1; NaN: padding, left as it is."""
     size = NOISE * (image.float().std().item() or 1.0)
-    parts = [image]
+    found = [image]
     for _ in range(DRAWS):
         noise = size * torch.randn(image.shape, generator=generator).to(image.device, image.dtype)
-        parts.append(image + noise)
-        for axis in axes:
-            side = image.shape[axis]
-            ramp = ((torch.arange(side, device=image.device) + 0.5) / side).to(image.dtype)
-            shape = [side if n == axis else 1 for n in range(image.ndim)]
-            parts.append(image + noise * (0.5 + ramp.view(shape)))
-    return torch.stack(parts)
+        noise = torch.where(torch.stack([part.isnan().expand(image.shape) for part in parts]).any(0), 0.0, noise)
+        found.append(image + noise)
+        found += [image + noise * (0.5 + part.nan_to_num()) for part in parts]
+    return torch.stack(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from locality_probe.record.experiment import Experiment, Seen, changed, sum_of
+from locality_probe.record.experiment import Experiment, Seen, along, changed, sum_of
 from locality_probe.record.links import Inputs, Links
+from locality_probe.record.packs import Pack, pack_of
 from locality_probe.record.places import BLURRED, Declared, Placed, declared_by, place, place_unseen
 from locality_probe.record.sighting import Sighting
 
@@ -53,61 +55,72 @@ class Observer:
         return Declared(grid, self.num_prefix_tokens if towers else None)
 
     def observe(self, inputs: tuple, named: dict, watch: Callable[[nn.Module, Experiment], Any]) -> None:
-        """Make the experiment, unless it was made for inputs of this size: watch(model, experiment) is a watch on the model."""
-        image = image_of(inputs, named)
-        companions = [
-            x
-            for x in tensors_of(inputs, named)
-            if image is not None and x is not image and x.ndim and len(x) == len(image)
-        ]
+        """Make the experiment, unless it was made for inputs of this size: watch(model, experiment) is a watch on the model.
+
+        Raises ValueError for packed patches that are not of the grids beside them.
+        """
+        pack = pack_of(self.model, inputs, named)
+        image = image_of(inputs, named) if pack is None else pack.patches
+        tensors = [] if image is None else [x for x in tensors_of(inputs, named) if x is not image and x.ndim]
+        companions = [x for x in tensors if image is not None and len(x) == len(image)]
         key = None if image is None else (image.shape[1:], image.dtype, len(image) if companions else None)
-        if key == self.key and key is not None and not companions:
+        if key == self.key and key is not None and not companions and pack is None:
             return
         self.key, self.image, self.places, self.why = key, image, {}, ""
         if image is None:
             self.why = "there is no image among its inputs"
         elif not image.is_floating_point():
             self.why = "its image is of whole numbers, which cannot be changed a little"
+        elif pack is not None and pack.flat:
+            for row in range(len(pack)):
+                self._experiment(_Call(image, inputs, named, watch, [row], pack))
         else:
-            self._experiment(image, inputs, named, watch, bool(companions))
+            rows = list(range(len(image))) if companions or pack is not None else sorted({0, len(image) - 1})
+            self._experiment(_Call(image, inputs, named, watch, rows, pack))
 
-    def _experiment(self, image: Tensor, inputs: tuple, named: dict, watch: Callable, companions: bool) -> None:
-        call = _Call(
-            image, inputs, named, watch, list(range(len(image))) if companions else sorted({0, len(image) - 1})
-        )
+    def _experiment(self, call: _Call) -> None:
+        """Add what is found of each layer to `places`: the calls of an image after those of the images before it."""
         try:
             with untouched(self.model) as model:
-                try:
-                    self._passes(model, call, 0)
-                except Exception:
-                    self._passes(model, call, len(image))
+                if call.pack is not None and call.pack.flat:
+                    found = self._passes(model, call, 1)
+                else:
+                    try:
+                        found = self._passes(model, call, 0)
+                    except Exception:
+                        found = self._passes(model, call, len(call.image))
         except Exception as error:
             text = str(error).strip().splitlines()
             said = f" ({text[0][:120]})" if text else ""
             self.why = f"the experiment that finds its tokens stops in {type(error).__name__}{said}"
+            return
+        before = Counter(name.partition("#")[0] for name in self.places)
+        for name, placed in found.items():
+            module, _, number = name.partition("#")
+            turn = int(number or 1) + before[module]
+            self.places[module if turn == 1 else f"{module}#{turn}"] = placed
 
-    def _passes(self, model: nn.Module, call: _Call, at_once: int) -> None:
+    def _passes(self, model: nn.Module, call: _Call, at_once: int) -> dict[str, Placed | str]:
         """Pass after pass, until it is clear where the tokens of each layer are, or will not become so."""
         first = call.run(model, Experiment(call.axes, at_once), 0)
         silent = [name for name, seen in first.items() if isinstance(seen, Seen) and seen.silent]
         linked = self._links(model, call, silent) if silent and not at_once else {}
+        entered = {module for module, *_ in linked.values()}
         passes: list[dict[str, Seen | str]] = [] if linked else [first]
+
+        def once_more() -> None:
+            experiment = Inputs(call.axes, at_once, linked=linked) if linked else Experiment(call.axes, at_once)
+            passes.append(call.run(model, experiment, len(passes), entered))
+
         while True:
             while len(passes) < max(2, len(call.rows)) or len(passes) % len(call.rows):
-                experiment = Inputs(call.axes, at_once, linked=linked) if linked else Experiment(call.axes, at_once)
-                passes.append(call.run(model, experiment, len(passes), {module for module, *_ in linked.values()}))
-            self._place(passes, call)
-            blurred = [name for name, placed in self.places.items() if placed in BLURRED and blur(passes, name) > CLEAR]
+                once_more()
+            places = self._place(passes, call)
+            blurred = [name for name, placed in places.items() if placed in BLURRED and blur(passes, name) > CLEAR]
             fewest, most = PASSES
             if len(passes) >= max(fewest, min(most, PIXELS // call.pixels)) or not blurred:
-                return
-            passes.append(
-                call.run(model, Experiment(call.axes, at_once), len(passes))
-            ) if not linked else passes.append(
-                call.run(
-                    model, Inputs(call.axes, at_once, linked=linked), len(passes), {m for m, *_ in linked.values()}
-                )
-            )
+                return places
+            once_more()
 
     def _links(self, model: nn.Module, call: _Call, silent: list[str]) -> dict:
         """By layer: its module, and which of the module's input tokens its queries and its keys are of."""
@@ -122,12 +135,14 @@ class Observer:
                 found[name] = (module, links.tokens_of(its.query, module), links.tokens_of(its.key, module))
         return found
 
-    def _place(self, passes: list[dict[str, Seen | str]], call: _Call) -> None:
+    def _place(self, passes: list[dict[str, Seen | str]], call: _Call) -> dict[str, Placed | str]:
         declared = declared_by(self.model, call.image)
-        lengths = tuple(call.image.shape[1 + axis] for axis in axes_of(call.image))
-        for name, first in passes[0].items():
-            seen = answers_of(passes, name)
-            self.places[name] = first if isinstance(first, str) else place(seen, self.given(name), declared, lengths)
+        return {
+            name: first
+            if isinstance(first, str)
+            else place(answers_of(passes, name), self.given(name), declared, call.sides)
+            for name, first in passes[0].items()
+        }
 
     def of(self, name: str, sighting: Sighting, images: int) -> Placed | str:
         """Where the tokens of a layer are."""
@@ -144,33 +159,40 @@ class Observer:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the user gave to the model, and how the experiment calls it instead. rows: the images that it is made with."""
+    """What the user gave to the model, and how the experiment calls it instead. rows: the images that it is made with; pack:
+    what is known of them where `image` holds packed patches."""
 
     image: Tensor
     inputs: tuple
     named: dict
     watch: Callable[[nn.Module, Experiment], Any]
     rows: list[int]
+    pack: Pack | None = None
 
     @property
     def axes(self) -> int:
-        return len(axes_of(self.image))
+        return 2 if self.pack is not None else len(axes_of(self.image))
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of the input, in pixels, along the axes that noise grows along; 0 where that is not known."""
+        return (0, 0) if self.pack is not None else tuple(self.image.shape[1 + axis] for axis in axes_of(self.image))
 
     @property
     def pixels(self) -> int:
-        return self.image.shape[-2] * self.image.shape[-1]
+        return self.image[0].numel() if self.pack is not None else self.image.shape[-2] * self.image.shape[-1]
 
     def run(
         self, model: nn.Module, experiment: Experiment, number: int, entered: Iterable[nn.Module] = ()
     ) -> dict[str, Seen | str]:
         """One pass over an image and its changed copies; `entered`: modules whose inputs the experiment is shown."""
         row = self.rows[number % len(self.rows)]
-        image = self.image[row]
+        image = self.image[row] if self.pack is None else self.pack.image(row)
         image = image.float() if image.dtype in HALF else image  # which could not hold so small a change
         if isinstance(experiment, Links):
             images = image[None].expand(experiment.batch, *image.shape)
         else:
-            images = changed(image, axes_of(self.image), torch.Generator().manual_seed(number))
+            images = changed(image, self._parts(image, row), torch.Generator().manual_seed(number))
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             return experiment.enter(module, args, kwargs) if isinstance(experiment, (Links, Inputs)) else None
@@ -188,13 +210,23 @@ class _Call:
                 handle.remove()
         return experiment.finish() if isinstance(experiment, Inputs) else experiment.seen
 
+    def _parts(self, image: Tensor, row: int) -> list[Tensor]:
+        """Along each axis, where what an input holds is, 0 to 1; NaN for padding. Each fits an image, [C, H, W] or [N, ...]."""
+        if self.pack is not None:
+            places = self.pack.places[row].to(image.device, image.dtype)
+            return [places[:, d].view(-1, *[1] * (image.ndim - 1)) for d in range(2)]
+        return [along(image, axis) for axis in axes_of(self.image)]
+
     def _instead(self, model: nn.Module, images: Tensor, row: int) -> tuple[tuple, dict]:
         """The inputs with these images; what else goes with image `row` is repeated."""
+        flat = self.pack is not None and self.pack.flat
+        count = len(self.image) if self.pack is None else len(self.pack)
 
         def instead(x: object) -> object:
-            if isinstance(x, Tensor) and x is not self.image and x.ndim and len(x) == len(self.image):
+            if isinstance(x, Tensor) and x is not self.image and x.ndim and len(x) == count:
                 x = x[row : row + 1].expand(len(images), *x.shape[1:])
-            x = images if x is self.image else x
+            if x is self.image:
+                x = images.flatten(0, 1) if flat else images
             return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
 
         return pytree.tree_map(instead, (self.inputs, self.named))

@@ -40,19 +40,20 @@ def find(
     weights: Path | None = None,
     pretrained: bool = False,
     warn: Callable[[str], None] = lambda sentence: None,
+    image_size: int | None = None,
 ) -> Subject:
     """A run directory (its last task), a weights file, or LIBRARY/NAME. Raises ValueError for anything else."""
     path = Path(model)
     if path.is_file() or path.is_dir():
-        if weights or pretrained:
-            raise Typed(f"{model} has its own weights: leave --weights and --pretrained away")
+        if weights or pretrained or image_size:
+            raise Typed(f"{model} has its own weights and size: leave --weights, --pretrained and --image-size away")
         if path.is_file():
             return from_file(path)
         directory = checkpoint.open_run(path)
         directory.require()
         return from_run(directory, directory.tasks[-1])
     check_model(model)
-    return from_model_option(model, weights, pretrained, warn)
+    return from_model_option(model, weights, pretrained, warn, image_size)
 
 
 def examine_subject(

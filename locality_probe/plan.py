@@ -29,14 +29,14 @@ def make_plan(
     ckpts: list[str], model: str | None = None, weights: Path | None = None, pretrained: bool = False,
     images: str | None = None, n: int | None = None, seed: int = 0, tasks: list[int] | None = None,
     data_dir: str | None = None, warn: Callable[[str], None] = print, twins: bool = True,
-    grid: tuple[int, int] | None = None, num_prefix_tokens: int | None = None,
+    grid: tuple[int, int] | None = None, num_prefix_tokens: int | None = None, image_size: int | None = None,
 ) -> Plan:  # fmt: skip
     """Resolve the options of `locality-probe measure`. Raises ValueError for what is not there or does not go together.
 
-    twins: whether joint twins that were not asked for are measured too; grid, num_prefix_tokens: of `model`.
+    twins: whether joint twins that were not asked for are measured too; grid, num_prefix_tokens, image_size: of `model`.
     """
     if model:
-        subject = from_model_option(model, weights, pretrained, warn)
+        subject = from_model_option(model, weights, pretrained, warn, image_size)
         subject = replace(subject, grid=grid, num_prefix_tokens=num_prefix_tokens)
         return Plan([lambda: subject], load_images(images or "photos", n, seed, data_dir or "data"), Path("."))
     files = list(dict.fromkeys(Path(c) for c in ckpts if Path(c).is_file()))

@@ -60,10 +60,13 @@ def from_run(directory: RunDir, task: int, at_step: int = AFTER) -> Subject:
     )  # fmt: skip
 
 
-def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
+def from_timm(
+    name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0, image_size: int | None = None
+) -> Subject:
     """A timm model with its own data config; from a file, from timm's hub, or untrained by `seed`.
 
-    Raises Typed for a name that timm does not know, and ValueError for weights that do not fit.
+    image_size: pixels of the square that it takes; position embeddings are resampled as timm does.
+    Raises Typed for a name that timm does not know, and ValueError for weights or a size that do not fit.
     """
     import timm
 
@@ -76,12 +79,14 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
             return fetched(name, lambda: timm.create_model(name, pretrained=pretrained, **options))
 
     if weights is None:
-        model, said = make(None), []
+        model, said = make(image_size), []
     else:
         read = weights_of.read(weights)
         classifiers = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
         heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
         model, said = weights_of.load(make, read, (*heads, "head", "fc")), read.said
+        if image_size is not None:
+            model = fetched(name, lambda: _resized(model, image_size))
     config = timm.data.resolve_model_data_config(model)
     if isinstance(size := getattr(getattr(model, "patch_embed", None), "img_size", None), tuple):
         config["input_size"] = (
@@ -103,10 +108,22 @@ def from_timm(name: str, weights: Path | None = None, pretrained: bool = False, 
     return Subject(name, name, "model", 0, model.eval(), cut, config["mean"], config["std"], notes=tuple(said))
 
 
-def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
+def _resized(model: nn.Module, size: int) -> nn.Module:
+    """A timm model, in place, for images of another size. Raises ValueError for one that is made for one size."""
+    resize: Any = getattr(model, "set_input_size", None)
+    if resize is None:
+        raise ValueError("it cannot be given another image size than its weights have: leave --image-size away")
+    resize(img_size=(size, size))
+    return model
+
+
+def from_torchvision(
+    name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0, image_size: int | None = None
+) -> Subject:
     """A torchvision model with the transforms of its default weights; from a file, from the hub, or untrained by `seed`.
 
-    Raises Typed for a name that torchvision does not know, and ValueError for weights that do not fit.
+    image_size: pixels of the square that it takes, of models that are made for one, with weights of that size.
+    Raises Typed for a name that torchvision does not know, and ValueError for weights or a size that do not fit.
     """
     from torchvision.models import get_model, get_model_weights, list_models
     from torchvision.transforms import functional
@@ -118,15 +135,18 @@ def from_torchvision(name: str, weights: Path | None = None, pretrained: bool = 
     def make(size: int | None) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None))
+            options = {} if image_size is None else {"image_size": image_size}
+            return fetched(name, lambda: get_model(name, weights="DEFAULT" if pretrained else None, **options))
 
     read = None if weights is None else weights_of.read(weights)
     model = make(None) if read is None else weights_of.load(make, read, ("heads", "head", "fc", "classifier"))
     preset = get_model_weights(name).DEFAULT.transforms()
+    (side,), (around,) = preset.crop_size, preset.resize_size
+    size = image_size or side
 
     def crop(image: Image.Image) -> Image.Image:
-        resized = functional.resize(image, preset.resize_size, preset.interpolation)
-        return functional.center_crop(resized, preset.crop_size)
+        resized = functional.resize(image, [round(around * size / side)], preset.interpolation)
+        return functional.center_crop(resized, [size])
 
     notes = () if read is None else tuple(read.said)
     return Subject(name, name, "model", 0, model.eval(), crop, tuple(preset.mean), tuple(preset.std), notes=notes)
@@ -203,9 +223,12 @@ def _with_adapter(folder: Path, pretrained: bool) -> Subject:
     return replace(subject, run=name, pair=name, model=model.eval(), notes=notes)
 
 
-def from_open_clip(name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0) -> Subject:
+def from_open_clip(
+    name: str, weights: Path | None = None, pretrained: bool = False, seed: int = 0, image_size: int | None = None
+) -> Subject:
     """The image tower of an open_clip model, with its own preprocessing; from a file, from the hub, or untrained by `seed`.
 
+    name: NAME, or NAME:FILE with a weights file. image_size: pixels of the square that it takes.
     Raises Typed for a name that open_clip does not know, and ValueError where it is not installed and for weights that do not
     fit.
     """
@@ -213,6 +236,10 @@ def from_open_clip(name: str, weights: Path | None = None, pretrained: bool = Fa
         import open_clip
     except ImportError:
         raise ValueError("open_clip/... needs the package open_clip_torch: pip install open_clip_torch") from None
+    name, _, file = name.partition(":")
+    if file and weights is not None:
+        raise Typed(f"open_clip/{name}:{file} has its weights: leave --weights away")
+    weights = Path(file) if file else weights
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
         raise Typed(f"open_clip has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
@@ -221,6 +248,7 @@ def from_open_clip(name: str, weights: Path | None = None, pretrained: bool = Fa
         raise ValueError(f"open_clip has no pretrained weights of {name}: leave --pretrained away, or give --weights")
 
     def make(size: int | None) -> nn.Module:
+        size = size or image_size
         options = {} if size is None else {"force_image_size": size}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -241,18 +269,23 @@ def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
     """Returns make(). Raises ValueError, in one sentence, for a model that cannot be fetched or read."""
     try:
         return make()
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} cannot be made: {reason}") from None
 
 
-def from_model_option(option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None]) -> Subject:
+def from_model_option(
+    option: str, weights: Path | None, pretrained: bool, warn: Callable[[str], None], image_size: int | None = None
+) -> Subject:
     """The command line's --model LIBRARY/NAME. Raises Typed for another library, and for a name that it does not have."""
     library, name = split_model(option)
-    subject = LIBRARIES[library].maker()(name, weights, pretrained)
+    if image_size is not None and not LIBRARIES[library].sized:
+        raise Typed(f"--image-size does not go with {library}/, whose models say themselves how large their images are")
+    size = {} if image_size is None else {"image_size": image_size}
+    subject = LIBRARIES[library].maker()(name, weights, pretrained, **size)
     for sentence in subject.notes:
         warn(sentence)
-    if weights is None and not pretrained and not LIBRARIES[library].trained:
+    if weights is None and not pretrained and not LIBRARIES[library].trained and ":" not in name:
         warn(f"{name} is untrained: without --weights or --pretrained its values are random (seed 0)")
     return subject
 

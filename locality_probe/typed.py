@@ -19,6 +19,7 @@ class Library:
 
     make: Callable[..., object] | str
     names: str = "NAME"  # what follows the slash, as messages call it
+    sized: bool = False  # whether `make` takes image_size, in pixels, too
     trained: bool = False  # whether a model has its own weights also without a file and without `pretrained`
 
     def maker(self) -> Callable[..., Any]:
@@ -30,15 +31,15 @@ class Library:
 
 
 LIBRARIES = {  # LIBRARY/NAME on the command line; a new library is one line here
-    "timm": Library("locality_probe.subject:from_timm"),
-    "torchvision": Library("locality_probe.subject:from_torchvision"),
+    "timm": Library("locality_probe.subject:from_timm", sized=True),
+    "torchvision": Library("locality_probe.subject:from_torchvision", sized=True),
     "hf": Library("locality_probe.subject:from_hf", "FOLDER", trained=True),
-    "open_clip": Library("locality_probe.subject:from_open_clip", "NAME"),
+    "open_clip": Library("locality_probe.subject:from_open_clip", "NAME[:FILE]", sized=True),
 }
 
 
 def forms() -> str:
-    """How models of each library are named: timm/NAME, torchvision/NAME, hf/FOLDER or open_clip/NAME."""
+    """How models of each library are named: timm/NAME, torchvision/NAME, hf/FOLDER or open_clip/NAME[:FILE]."""
     *first, last = (f"{name}/{library.names}" for name, library in LIBRARIES.items())
     return f"{', '.join(first)} or {last}"
 

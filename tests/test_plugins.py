@@ -92,7 +92,8 @@ def test_own_library_of_models(monkeypatch, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"give a run directory, a weights file, timm/NAME, .* or mine/SIZE$"):
         doctor.find("other/tiny")
     with pytest.raises(
-        ValueError, match="is not of the form timm/NAME, torchvision/NAME, hf/FOLDER, open_clip/NAME or mine/SIZE, like"
+        ValueError,
+        match=r"is not of the form timm/NAME, torchvision/NAME, hf/FOLDER, open_clip/NAME\[:FILE\] or mine/SIZE, like",
     ):
         make_plan([], model="mine", images="digits")
 

@@ -11,10 +11,11 @@ import pytest
 import timm
 import torch
 from conftest import flat, invoke
+from PIL import Image
 from torch import Tensor
 
 from locality_probe.hf import preprocessing
-from locality_probe.subject import from_hf, from_open_clip, from_timm
+from locality_probe.subject import from_hf, from_model_option, from_open_clip, from_timm, from_torchvision
 from locality_probe.typed import Typed
 
 NAME = "test_vit"
@@ -205,6 +206,31 @@ def test_open_clip_models_are_their_image_towers(tmp_path, monkeypatch):
     subject = from_open_clip("ViT-B-32", tmp_path / "w.pt")
     assert subject.mean == (0.1, 0.2, 0.3) and "'module.visual.'" in subject.notes[0]
     assert all(torch.equal(a, b) for a, b in zip(subject.model.parameters(), tower.parameters(), strict=True))
+    said = []
+    named = from_model_option(f"open_clip/ViT-B-32:{tmp_path / 'w.pt'}", None, False, said.append)
+    assert named.run == "ViT-B-32" and not any("untrained" in sentence for sentence in said)
+    assert all(torch.equal(a, b) for a, b in zip(named.model.parameters(), tower.parameters(), strict=True))
+    with pytest.raises(Typed, match="leave --weights away"):
+        from_open_clip("ViT-B-32:w.pt", tmp_path / "w.pt")
+
+
+def test_image_size_makes_the_network_for_images_of_that_size(tmp_path):
+    subject = from_timm(NAME, image_size=48)
+    assert subject.model.patch_embed.img_size == (48, 48)
+    assert subject.preprocess(Image.new("RGB", (60, 80))).shape == (3, 48, 48)
+    torch.save(timm.create_model(NAME, num_classes=0).state_dict(), tmp_path / "w.pth")
+    resampled = from_timm(NAME, tmp_path / "w.pth", image_size=48)  # as timm resamples the position embedding of a file
+    expected = timm.create_model(NAME, num_classes=0)
+    expected.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True))
+    expected.set_input_size(img_size=(48, 48))
+    assert torch.equal(resampled.model.pos_embed, expected.pos_embed)
+
+    tv = from_torchvision("vit_b_16", image_size=64)
+    assert tv.model.image_size == 64 and tv.preprocess(Image.new("RGB", (60, 80))).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match=r"resnet18 cannot be made: .*img_size"):
+        from_timm("resnet18", image_size=64)
+    with pytest.raises(Typed, match="--image-size does not go with hf/"):
+        from_model_option("hf/folder", None, False, print, 64)
 
 
 def test_an_adapters_folder_is_its_base_with_the_adapter(hf_model, tmp_path, monkeypatch):

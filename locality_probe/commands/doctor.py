@@ -15,13 +15,14 @@ from locality_probe.typed import Typed, check_model
 @options.prefix
 @options.weights
 @options.pretrained
+@options.image_size
 @options.as_json("the layers")
 @click.option(
     "--families", is_flag=True, help="Instead, the table of docs/support.md: a member of each family; 2 minutes."
 )
 @options.threads
 @options.device()
-def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, threads, device) -> None:
+def doctor_command(model, grid, prefix, weights, pretrained, image_size, as_json, families, threads, device) -> None:
     """What can be measured of MODEL: each attention layer, its grid and tokens, how it is seen, or why it is skipped.
 
     MODEL: a run directory, a weights file, timm/NAME, torchvision/NAME, hf/FOLDER or open_clip/NAME. Exit code 1 where no
@@ -44,7 +45,7 @@ def doctor_command(model, grid, prefix, weights, pretrained, as_json, families, 
         with counter(matrix.FAMILIES, "families") as report:
             click.echo(matrix.support_matrix(report), nl=False)
         return
-    subject = doctor.find(model, weights, pretrained, warn if weights else lambda sentence: None)
+    subject = doctor.find(model, weights, pretrained, warn if weights else lambda sentence: None, image_size)
     layers = doctor.examine_subject(subject, grid, prefix, device)
     if as_json:
         click.echo(json.dumps([layer.as_dict() for layer in layers], indent=1))

@@ -24,6 +24,7 @@ def newest_run(root: Path = Path("runs")) -> Path | None:
 @options.model
 @options.weights
 @options.pretrained
+@options.image_size
 @click.option("--layer", default="all", show_default=True, help="Numbers from 0, like 0,2, or all.")
 @click.option("--head", default="mean", show_default=True, help="Numbers from 0, mean or all.")
 @click.option("--query", default="mean", show_default=True, help="mean, cls, a patch as ROW,COLUMN from 0, or the patch "
@@ -40,13 +41,14 @@ def newest_run(root: Path = Path("runs")) -> Path | None:
 @options.threads
 @options.device()
 def heatmap_command(
-    image, ckpts, model, weights, pretrained, layer, head, query, rollout, difference, columns, scale, out, threads, device
+    image, ckpts, model, weights, pretrained, image_size, layer, head, query, rollout, difference, columns, scale, out,
+    threads, device
 ) -> None:  # fmt: skip
     """Attention over IMAGE from a query; several checkpoints side by side. The raw array lies beside the picture."""
     if ckpts and model:
         raise Typed("give --ckpt or --model, not both")
-    if (weights or pretrained) and not model:
-        raise Typed("--weights and --pretrained go with --model")
+    if (weights or pretrained or image_size) and not model:
+        raise Typed("--weights, --pretrained and --image-size go with --model")
     if difference and scale != "shared":
         raise Typed(f"--scale {scale} does not go with --difference, whose scale is around 0")
     parse_layers(layer), parse_heads(head), parse_query(query)
@@ -69,7 +71,7 @@ def heatmap_command(
     device = options.compute_on(device, threads)
     opened = open_image(image)
     if model:
-        subjects = [from_model_option(model, weights, pretrained, warn)]
+        subjects = [from_model_option(model, weights, pretrained, warn, image_size)]
     else:
         subjects = [make() for spec in ckpts for make in heatmap.parse_checkpoint(spec)]
     found = heatmap.heat_maps(subjects, opened, layer, head, query, rollout, difference, columns, device)

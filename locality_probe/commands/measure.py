@@ -16,6 +16,7 @@ from locality_probe.typed import Typed
 @options.model
 @options.weights
 @options.pretrained
+@options.image_size
 @options.grid
 @options.prefix
 @options.images("dataset, the run's own test images; photos for --model")
@@ -28,8 +29,8 @@ from locality_probe.typed import Typed
 @options.threads
 @options.device()
 def measure_command(
-    ckpts, model, weights, pretrained, grid, prefix, images, n, seed, tasks, data_dir, out, as_json, threads, device
-) -> None:
+    ckpts, model, weights, pretrained, image_size, grid, prefix, images, n, seed, tasks, data_dir, out, as_json, threads, device
+) -> None:  # fmt: skip
     """Nonlocality D_loc of every task, layer and head of runs, with the joint twin beside each if it is there.
 
     Writes nonlocality.csv, 95 % intervals over images and, for several runs, over seeds (intervals.csv), per-image values
@@ -37,8 +38,8 @@ def measure_command(
     """
     if bool(ckpts) == bool(model):
         raise Typed("give run directories or weights files, or --model timm/NAME")
-    if (weights or pretrained or grid or prefix is not None) and not model:
-        raise Typed("--weights, --pretrained, --grid and --prefix go with --model")
+    if (weights or pretrained or image_size or grid or prefix is not None) and not model:
+        raise Typed("--weights, --pretrained, --image-size, --grid and --prefix go with --model")
     if tasks and all(Path(c).is_file() for c in ckpts):
         raise Typed("--task goes with run directories")
     options.check_places(ckpts)
@@ -51,7 +52,7 @@ def measure_command(
     device = options.compute_on(device, threads)
     plan = make_plan(
         list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir,
-        warn=warn, grid=grid, num_prefix_tokens=prefix,
+        warn=warn, grid=grid, num_prefix_tokens=prefix, image_size=image_size,
     )  # fmt: skip
     out = out or plan.out
     options.check_folder(out)

@@ -32,6 +32,11 @@ weights = click.option(
     "--weights", type=click.Path(path_type=Path), help="Weights of the model (.safetensors or .pth)."
 )  # fmt: skip
 pretrained = click.option("--pretrained", is_flag=True, help="Fetch the weights of the model from its hub.")
+image_size = click.option(
+    "--image-size",
+    type=click.IntRange(1, 10_000),
+    help="Pixels of the square that the model takes.  [default: its own]",
+)
 prefix = click.option(
     "--prefix", type=click.IntRange(0), help="Class and register tokens of the model, where it does not tell."
 )
@@ -50,7 +55,10 @@ def _check_model(context: click.Context, option: click.Option, text: str | None)
 
 
 model = click.option(
-    "--model", metavar="LIBRARY/NAME", callback=_check_model, help="Instead, timm/NAME, torchvision/NAME or hf/FOLDER."
+    "--model",
+    metavar="LIBRARY/NAME",
+    callback=_check_model,
+    help="Instead, timm/NAME, torchvision/NAME, hf/FOLDER or open_clip/NAME.",
 )
 
 

@@ -140,7 +140,7 @@ class Probe:
                 sums.append(Sums(layer.geometry, maps.shape[:2], attention, self.measures))
             sums[0].add(attention, images, heads, first)
 
-        maps.visit(add)
+        maps.visit(add, whole=bool({"sink_mass", "d_loc_no_sinks"} & set(self.measures)))
         if sums[0].sinks_missing:
             maps.visit(sums[0].add_sinks)
         return sums[0].values()

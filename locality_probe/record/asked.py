@@ -15,6 +15,6 @@ def offers_map(module: nn.Module) -> bool:
 
 def asked_maps(module: AttentionLayer, inputs: tuple[Tensor, ...]) -> Maps:
     """The maps that the layer gives for its own inputs, each [B, N, dim]."""
-    maps = Maps(lambda rows: module.attention_map(*(x[rows] for x in inputs)), ())
+    maps = Maps(lambda rows: module.attention_map(*(x[rows] for x in inputs)), (), inputs[0].device)
     maps.shape = (len(inputs[0]), *maps.part(slice(0, 1)).shape[1:])
     return maps

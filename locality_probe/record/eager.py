@@ -92,7 +92,7 @@ class Products:
 
         def maps(sorting: Sorting) -> Maps:
             ordered = sorting(weights[:, None])
-            return Maps(lambda rows: wide(ordered[rows]), ordered.shape)
+            return Maps(lambda rows: wide(ordered[rows]), ordered.shape, ordered.device)
 
         return Sighting("eager", (len(weights), 1, *weights.shape[1:]), query[:, None], (values[:, None],), values[:, None],
                         maps, output, reason, causal=lambda: _is_causal(weights)), known.owner  # fmt: skip

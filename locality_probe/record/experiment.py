@@ -134,7 +134,7 @@ class Experiment:
         """tokens: each [batch, G, N, d], the image and its changed copies in turn -> their answers, summed over d."""
         answers = []
         for x in tokens:
-            x = x.double()
+            x = x.cpu().double() if x.device.type == "mps" else x.double()  # which has no float64
             change = (x[1:] - x[:1]).unflatten(0, (DRAWS, 1 + self.axes))
             first, rest = change[:, :1], change[:, 1:]
             strength, moment = first.square().sum(-1).sum((0, 1)), (rest * first).sum(-1).sum(0)

@@ -58,7 +58,7 @@ def sees(func, args: tuple, kwargs: dict) -> Sighting | None:
 
     def maps(sorting: Sorting) -> Maps:
         a = sorting(layout.attention(run, value, q.shape))
-        return Maps(lambda rows: a[rows].float(), a.shape)
+        return Maps(lambda rows: a[rows].float(), a.shape, a.device)
 
     def output(out: Tensor) -> object:
         result = func(*args, **kwargs)

@@ -81,16 +81,16 @@ class Scores(Maps):
     def part(self, images: slice) -> Tensor:
         return fused_map(self.query, self.key, self.mask, self.causal, self.scale, images)
 
-    def visit(self, visitor: Visitor) -> None:
+    def visit(self, visitor: Visitor, whole: bool = False) -> None:
         """Attention and, where it `replaces` the kernel, its output, a block of images, heads and queries at a time.
 
         A block fits a core's cache, so that this costs little more than the fused kernel, and no more memory.
         """
         batch, heads, queries, keys = self.shape
         dtype = torch.promote_types(self.query.dtype, torch.float32)
-        rows = rows_of_block(queries, keys)
+        rows, block = rows_of_block(queries, keys, self.query.device, whole), maps.block(self.query.device)
         area = rows * keys
-        at_once = max(1, min(maps.BLOCK // area, max(8, maps.BLOCK // (4 * area))))  # blocks of one head and image
+        at_once = max(1, min(block // area, max(8, block // (4 * area))))  # blocks of one head and image
         step, together = (
             -(-heads // -(-heads // at_once)),
             max(1, at_once // heads),
@@ -108,11 +108,11 @@ class Scores(Maps):
                     b, h, n = len(q), these.stop - these.start, some.stop - some.start
                     a = scratch[: b * h * n * keys].view(b * h, n, keys)
                     torch.bmm(q[:, these, some].flatten(0, 1), k[:, these].flatten(0, 1), out=a)
-                    block = a.view(b, h, n, keys)
-                    _softmax(block, None if mask is None else mask[images, these, some], self.causal * (some.start + 1))
+                    shown = a.view(b, h, n, keys)
+                    _softmax(shown, None if mask is None else mask[images, these, some], self.causal * (some.start + 1))
                     if out is not None:
                         out[images, these, some] = torch.bmm(a, v[:, these].flatten(0, 1)).view(b, h, n, -1)
-                    visitor(block, images, these, some.start)
+                    visitor(shown, images, these, some.start)
 
     def _of(self, x: Tensor, images: slice, dtype: torch.dtype) -> Tensor:
         """[B, H, N, d], perhaps of fewer heads or of one image for all -> [b, H, N, d]"""

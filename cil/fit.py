@@ -255,14 +255,16 @@ def teach(teacher: nn.Module, x: Tensor, rows: Tensor | None, num_old: int) -> T
 
 
 def frozen_parts(directory: RunDir, phase: Phase) -> Callable[[str], bool]:
-    """Whether a parameter name is frozen in this phase (cil.methods)."""
-    method = METHODS[directory.run.method]
+    """Whether a parameter name is frozen in this phase (cil.methods, and the setting positional_frozen)."""
+    run, method = directory.run, METHODS[directory.run.method]
     if phase.name == "finetune":
         return lambda name: not is_part(name, method.finetuned)
-    if directory.run.training != "incremental":
-        return lambda name: False
-    old = [part.format(old=t) for part in method.frozen for t in range(phase.task)]
-    return lambda name: is_part(name, old)
+    old = (
+        [part.format(old=t) for part in method.frozen for t in range(phase.task)]
+        if run.training == "incremental"
+        else []
+    )
+    return lambda name: is_part(name, old) or (run.positional_frozen and name.endswith(".pos_weight"))
 
 
 def is_part(name: str, parts: list[str] | tuple[str, ...]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from cil.attention import ATTENTION, TaskAttention
+from cil.attention import ATTENTION, TaskAttention, localize
 from cil.methods import METHODS
 from cil.run import Run
 
@@ -175,6 +175,8 @@ class IncrementalTimm(Incremental):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             sizes = f"image size {image_size}, patch_size={run.patch_size}"
             raise ValueError(f"{run.model} cannot be made for {sizes}: {reason}") from None
+        if run.n_lpa:
+            localize(self.backbone, range(run.n_lpa), run.lpa_start, run.lambda_init)
         for module in list(self.backbone.modules()):  # timm's draws would depend on the number of processes
             for child_name, child in module.named_children():
                 if isinstance(child, timm.layers.DropPath):

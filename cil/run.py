@@ -19,10 +19,11 @@ from cil import augment
 from cil.attention import ATTENTION
 from cil.methods import METHODS
 
-FORMAT = 2  # of run.json
+FORMAT = 3  # of run.json
 # Settings by the format that brought them, and what a run of an earlier format was trained with.
 ADDED: dict[int, dict[str, object]] = {
     2: {"positional_start": "local", "positional_frozen": False, "gate_init": 1.0, "checkpoints": ""},
+    3: {"lpa_start": "local"},
 }
 
 
@@ -59,12 +60,15 @@ class Run:
         0.02  # of linear layers, tokens and position embedding; networks narrower than the paper's want more
     )
     attention: str = "gpsa"  # gpsa | mhsa: the self-attention blocks that are not LPA
-    n_lpa: int = 0  # LPA blocks, from the shallow end
+    n_lpa: int = 0  # LPA blocks, from the shallow end; in a timm model cil.attention.localize puts LPA into them
+    lpa_start: str = (
+        "local"  # local | content: of a timm model's LPA blocks, which then begin as they would without LPA
+    )
     locality_strength: float = 1.0
     positional_start: str = (
         "local"  # local | random: GPSA's w and LPA's v of every head, with the spread of the local ones
     )
-    positional_frozen: bool = False  # w and v stay as they start
+    positional_frozen: bool = False  # w of GPSA and v of LPA stay as they start
     gate_init: float = 1.0  # of GPSA: the share of positional attention starts at its sigmoid
     lambda_init: float = 0.02
     lambda_init_mode: str = "constant"  # constant (paper) | normal (released code)
@@ -128,10 +132,15 @@ class Run:
         self.memories, self.checkpoint_steps  # noqa: B018 - say what is wrong with memory_mode and checkpoints
         if self.model != "convit" and not self.model.startswith("timm/"):
             raise ValueError(f"model={self.model!r} is neither convit nor of the form timm/NAME")
-        if self.model != "convit" and (self.method != "baseline" or self.n_lpa):
-            raise ValueError(f"model={self.model} goes with method=baseline and n_lpa=0: it has its own blocks")
+        if self.model != "convit" and self.method != "baseline":
+            raise ValueError(f"model={self.model} goes with method=baseline: it has no task attention")
+        if self.lpa_start != "local" and (self.model == "convit" or not self.n_lpa):
+            raise ValueError(f"lpa_start={self.lpa_start} is for timm models with n_lpa of at least 1")
+        if self.positional_start != "local" and self.model != "convit":
+            raise ValueError(f"positional_start={self.positional_start} is for convit; lpa_start is for timm models")
         positional = self.positional_start, self.positional_frozen
-        if positional != ("local", False) and (self.model != "convit" or (self.attention != "gpsa" and not self.n_lpa)):
+        local = self.n_lpa or (self.model == "convit" and self.attention == "gpsa")
+        if positional != ("local", False) and not local:
             raise ValueError(
                 "positional_start and positional_frozen are for networks with GPSA or LPA, and this has neither"
             )
@@ -143,7 +152,7 @@ class Run:
             raise ValueError(
                 f"cosine_epochs_first={self.cosine_epochs_first} is less than epochs_first={self.epochs_first}"
             )
-        if self.n_lpa > self.depth - 1:
+        if self.model == "convit" and self.n_lpa > self.depth - 1:
             raise ValueError(
                 f"n_lpa={self.n_lpa} is more than the {self.depth - 1} self-attention blocks of depth={self.depth}"
             )
@@ -240,6 +249,7 @@ CHOICES = {
     "method": METHODS,
     "attention": ATTENTION,
     "positional_start": ("local", "random"),
+    "lpa_start": ("local", "content"),
     "lambda_init_mode": ("constant", "normal"),
     "extra_heads": ("random", "uniform"),
     "global_pool": ("", "token", "avg"),

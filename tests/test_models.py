@@ -68,6 +68,24 @@ def test_timm_backbone_is_measured(timm_run):
     assert (table["prefix_mass"] > 0).all() and (table["d_loc"] < 1.1).all()  # a 2 x 2 grid, and a class token
 
 
+def test_lpa_in_a_timm_backbone_trains_is_saved_and_is_measured(toy, tmp_path):
+    settings = TINY | {"epochs": 1, "epochs_first": 1, "finetune_epochs": 1, "images_per_class": 6, "scenario": "B2-2"}
+    run = dataclasses.replace(toy, **settings, n_lpa=12, lpa_start="content", lambda_init=0.02)
+    directory = train(run, tmp_path / "run")
+    start, end = directory.new_model(0), directory.model(2)
+    # In the last block the class token alone is read, and it is nowhere: its v gets no gradient.
+    for block, trained in zip(start.backbone.blocks[:-1], end.backbone.blocks[:-1], strict=True):
+        assert block.attn.content_scale.tolist() == [1.0] * 3 and not block.attn.pos_weight.any()
+        assert trained.attn.pos_weight.any() and not torch.equal(trained.attn.content_scale, block.attn.content_scale)
+    plan = make_plan([str(directory.path)], n=4)
+    table = survey((make() for make in plan.subjects), plan.images).nonlocality
+    scales = table[table["task"] == 2].set_index(["layer", "head"])["content_scale"]
+    for (layer, head), scale in scales.items():
+        assert scale == pytest.approx(end.backbone.blocks[layer].attn.content_scale[head].item())
+    few = dataclasses.replace(run, n_lpa=1, lpa_start="local")
+    assert create_model(few, (8, 8)).backbone.blocks[0].attn.content_scale.tolist() == pytest.approx([0.02] * 3)
+
+
 def test_mean_pooling(toy):
     run = dataclasses.replace(toy, **TINY, n_lpa=0, global_pool="avg")
     model = create_model(run, (8, 8)).eval()
@@ -96,8 +114,24 @@ def test_other_families_make_features(name, toy):
             "timm has no model 'vit_tinny_patch16_224'; near: vit_tiny_patch16_224",
         ),
         ({"model": "vit_tiny_patch16_224"}, "neither convit nor of the form timm/NAME"),
-        ({"model": "timm/vit_tiny_patch16_224", "method": "dytox"}, "goes with method=baseline and n_lpa=0"),
-        ({"model": "timm/vit_tiny_patch16_224", "n_lpa": 1}, "goes with method=baseline and n_lpa=0"),
+        ({"model": "timm/vit_tiny_patch16_224", "method": "dytox"}, "goes with method=baseline"),
+        (
+            {"model": "timm/vit_tiny_patch16_224", "n_lpa": 13, "patch_size": 4},
+            "there is no layer 12: .* has 12 blocks",
+        ),
+        (
+            {"model": "timm/swin_tiny_patch4_window7_224", "n_lpa": 1, "patch_size": 1},
+            "swin.* cannot be made|no blocks over",
+        ),
+        (
+            {"model": "timm/vit_tiny_patch16_224", "lpa_start": "content"},
+            "lpa_start=content is for timm models with n_lpa",
+        ),
+        ({"lpa_start": "content", "n_lpa": 1}, "lpa_start=content is for timm models"),
+        (
+            {"model": "timm/vit_tiny_patch16_224", "n_lpa": 1, "positional_start": "random"},
+            "is for convit; lpa_start is for",
+        ),
         ({"model": "timm/resnet18"}, "cannot be made for image size"),
         ({"global_pool": "avg"}, "global_pool=avg is for timm models"),
         ({"global_pool": "max"}, "global_pool='max' is none of nothing, token, avg"),

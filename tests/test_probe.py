@@ -85,6 +85,7 @@ def test_exact_to_float64_on_the_models_own_scores(case, fused, blocks, monkeypa
     model, x = vit(name, fused, **options), images(5, *size)
     if blocks == "small":  # many images, heads and queries are cut into blocks
         monkeypatch.setattr(record_module, "BLOCK", 100)
+        monkeypatch.setattr(record_module, "WHOLE", 100)
         monkeypatch.setattr(record_module, "BLOCK_ROWS", 5)
     expected = record(model, x, lambda a, layer: exact(a, layer.grid, layer.num_prefix_tokens))
     found = probed(model, x)
@@ -367,6 +368,7 @@ def test_compiled_models_give_the_same():
 def test_memory_does_not_grow_with_layers_or_with_all_maps(monkeypatch):
     """The largest tensor alive is a block or a row of sums, never [B, H, N, N]."""
     monkeypatch.setattr(record_module, "BLOCK", 2000)
+    monkeypatch.setattr(record_module, "WHOLE", 200)
     monkeypatch.setattr(record_module, "BLOCK_ROWS", 8)
     sizes, model, x = [], vit(depth=3), images(6)
     softmax = torch.softmax

@@ -55,6 +55,18 @@ def test_published_parameter_counts(settings, parameters, cifar_labels):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+@pytest.mark.parametrize("settings", [["n_lpa=1"], ["attention=gpsa", "n_lpa=0"]])
+def test_frozen_positional_weights_stay_as_they_start(toy, tmp_path, settings):
+    few = ["epochs_first=1", "epochs=1", "finetune_epochs=1", "positional_frozen=true"]
+    directory = train(toy.change([*settings, *few]), tmp_path / "run")
+    start, end = (model.state_dict() for model in (directory.new_model(0), directory.model(2)))
+    frozen = {name for name in start if name.endswith("pos_weight")}
+    assert frozen and all(torch.equal(start[name], end[name]) for name in frozen)
+    assert not torch.equal(start["blocks.0.attn.qk.weight"], end["blocks.0.attn.qk.weight"])
+    thawed = train(toy.change([*settings, *few[:3]]), tmp_path / "thawed").model(2).state_dict()
+    assert not any(torch.equal(start[name], thawed[name]) for name in frozen)
+
+
 def test_learning_rate_of_the_protocol(cifar_labels):
     run = Run()
     directory = directory_of(run, cifar_labels)

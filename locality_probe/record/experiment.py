@@ -25,7 +25,8 @@ NOISE = 2e-3  # of the image's standard deviation: small, so that the network is
 @dataclass
 class Response:
     """What each of [G, N] tokens answered, G being windows and heads of one image: strength <d0, d0>, and along each axis the
-    moment <dx, d0>, [axes, G, N]; size: <x, x> of the tokens themselves. All are summed over draws."""
+    moment <dx, d0>, [axes, G, N]; size: <x, x> of the tokens themselves, less channels that never change. All are summed
+    over draws."""
 
     strength: Tensor
     moment: Tensor
@@ -138,7 +139,10 @@ class Experiment:
             change = (x[1:] - x[:1]).unflatten(0, (DRAWS, 1 + self.axes))
             first, rest = change[:, :1], change[:, 1:]
             strength, moment = first.square().sum(-1).sum((0, 1)), (rest * first).sum(-1).sum(0)
-            answers.append(Response(strength.cpu(), moment.cpu(), (DRAWS * x[0].square().sum(-1)).cpu()))
+            # Channels that change in no token are constants, as positional columns beside q.k: however large, they say nothing.
+            alive = (change != 0).flatten(0, 1).any(0).any(1, keepdim=True)  # [G, 1, d]
+            size = DRAWS * (x[0].square() * alive).sum(-1)
+            answers.append(Response(strength.cpu(), moment.cpu(), size.cpu()))
         return sum_of(answers)
 
     def own_values(self, values: Tensor, query: Response | None, key: Response | None, queries: int = 0) -> Tensor:

@@ -30,6 +30,7 @@ APART = (
 )
 UNFIT = "its keys and its queries are at places that do not fit together"
 BLURRED = (IRREGULAR, QUERIES, UNFIT)  # reasons that a sharper look may remove
+HALF_SEEN = "some of its tokens are seen as keys and not as queries, or as queries and not as keys"
 MOVES = "its tokens are at other places from pass to pass, or from image to image"
 NO_IMAGE_TOKENS = (
     "none of its keys is a place of the image: give grid=(N,) for a sequence, "
@@ -139,6 +140,10 @@ def place(passes: list[Seen], given: Declared, declared: Declared, sides: tuple[
                 if alone.answered.any() and not _agree(alone, found, answered, (windows, 1, False)):
                     return "its keys and its values are of different tokens"
             queries = query.pooled(windows, heads, heads_first)
+            asking = queries.answered
+            asking[:, :skipped] = False
+            if seen.shape[2] == keys and asking.any() and bool((asking != answered).any()):
+                return HALF_SEEN
             placed = _geometry(found, answered, queries, skipped if seen.shape[2] == keys else 0, sides)
             if isinstance(placed, str):
                 return placed

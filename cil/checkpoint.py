@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -28,9 +27,10 @@ from torch import Tensor
 
 from cil.data import Dataset
 from cil.device import processor
-from cil.files import atomically, check_run, git_state, versions, write_json
+from cil.files import atomically, check_run, git_state, read_json, versions, write_json
 from cil.methods import METHODS
 from cil.models import Incremental, create_model
+from cil.opened import accuracy_of, check_description
 from cil.run import FORMAT, Run, randomness
 from cil.scenario import Scenario, class_order
 from cil.tables import ACCURACY, AFTER, MEMORY, TRAINING, Table
@@ -147,8 +147,8 @@ class RunDir:
         return TABLES[name].read(path) if path.exists() else None
 
     def written(self, name: str) -> pd.DataFrame:
-        """accuracy or training; what a finished run has. Raises ValueError where the table is not there."""
-        return TABLES[name].read(self.path / f"{name}.csv")
+        """accuracy or training, of what has been trained. Raises ValueError where the table, or a row of it, is not there."""
+        return accuracy_of(self) if name == "accuracy" else TABLES[name].read(self.path / f"{name}.csv")
 
     def extend(self, name: str, rows: pd.DataFrame) -> None:
         """Append rows to a table."""
@@ -283,12 +283,11 @@ def open_same(path: str | Path, run: Run) -> RunDir:
 def open_run(path: str | Path) -> RunDir:
     """Open a run directory. Raises ValueError when it is not there, no run, or of another version."""
     path = check_run(path)
-    try:
-        content = json.loads((path / "run.json").read_text())
-        version = content.pop("format")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{path / 'run.json'} is damaged: it is not the JSON that a run writes") from None
-    if version not in range(1, FORMAT + 1):
+    content = read_json(path / "run.json")
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{path / 'run.json'} is damaged: it is not the JSON that a run writes")
+    version = content.pop("format")
+    if type(version) is not int or version not in range(1, FORMAT + 1):
         raise ValueError(f"{path} was written in format {version}; this version reads formats 1 to {FORMAT}")
     if version == 1:
         content = {"trainer": 1, "device": ""} | content
@@ -298,6 +297,9 @@ def open_run(path: str | Path) -> RunDir:
         wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(unknown)}"
         raise ValueError(f"{path / 'run.json'} {wrong}: it was written by another version")
     try:
+        if not isinstance(content["run"], dict):
+            raise ValueError("run holds no settings")
+        check_description(content)
         run = Run.from_dict(content.pop("run"), version)
         for field in ("image_size", "mean", "std"):
             content[field] = tuple(content[field])

@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import platform
+import stat
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> Path:
@@ -17,7 +20,8 @@ def atomically(path: Path, write: Callable[[Path], object]) -> Path:
 
     write: is given a path beside `path`, and writes there. Nothing stays behind when it raises.
     """
-    part = path.with_name(f".{path.name}.part")
+    # Named by process and thread: of two writers at once the later one wins, and neither sees half a file.
+    part = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         write(part)
         with open(part, "rb") as file:  # also after a power cut
@@ -26,6 +30,48 @@ def atomically(path: Path, write: Callable[[Path], object]) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def regular(path: str | Path) -> Path:
+    """A file that ends. Raises ValueError for a pipe, a device, a folder, a link that leads nowhere, and where nothing is:
+    every file that a user names is opened through here."""
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {reason_of(error)}") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+        kind = next((words for test, words in kinds.items() if test(mode)), "a device")
+        raise ValueError(f"{path} is {kind}, not a file")
+    return path
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without Python's and the system's ways to number errors."""
+    if isinstance(error, UnicodeError):
+        return "it is not UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, OSError):
+        return (error.strerror or type(error).__name__).lower()
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
+
+
+MOST_JSON = 16 * 2**20  # bytes
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError for what is no JSON file, or one of more than 16 MiB."""
+    if regular(path).stat().st_size > MOST_JSON:
+        raise ValueError(f"{path} is larger than the {MOST_JSON // 2**20} MiB of any JSON file here")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({reason_of(error)})") from None
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -173,6 +173,8 @@ class IncrementalTimm(Incremental):
                 self.dim = self.backbone.eval()(torch.zeros(1, 3, *image_size)).shape[1]
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "unexpected keyword" in reason:
+                reason = "it is no ViT, which can be given an image size and a patch size"
             sizes = f"image size {image_size}, patch_size={run.patch_size}"
             raise ValueError(f"{run.model} cannot be made for {sizes}: {reason}") from None
         if run.n_lpa:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 
 from cil.checkpoint import RunDir
 from cil.files import atomically
+
+KEYS = {"model", "optimizer", "task", "phase", "epoch", "step", "sums", "seconds"}  # of a state, as cil.fit has them
 
 
 def save(directory: RunDir, step: int, state: dict[str, object]) -> None:
@@ -46,15 +50,19 @@ def load(directory: RunDir, task: int) -> dict[str, Any] | None:
         content, digest = content[:-32], content[-32:]
         if hashlib.sha256(content).digest() != digest:
             continue
-        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-        if state["task"] == task:
+        try:
+            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
+            continue  # whole, and nothing that a trainer wrote
+        if isinstance(state, dict) and state.keys() >= KEYS and state["task"] == task:
             return state
     return None
 
 
 def states(directory: RunDir) -> list[Path]:
     """The files of the states, newest first."""
-    return sorted(directory.resume_folder.glob("*.state"), reverse=True)
+    named = (path for path in directory.resume_folder.glob("*.state") if re.fullmatch(r"\d{9,}", path.stem))
+    return sorted((path for path in named if path.is_file()), reverse=True)
 
 
 def last_good(directory: RunDir) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import math
 import re
 import typing
 from collections.abc import Collection, Iterator
@@ -114,11 +113,21 @@ class Run:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), CHOICES.get(field.name)
             if choices and value not in choices:
-                raise ValueError(f"{field.name}={value!r} is none of {', '.join(c or 'nothing' for c in choices)}")
-        for names, (fits, range_) in RANGES.items():
+                raise ValueError(
+                    f"{field.name}={_short(value)} is none of {', '.join(c or 'nothing' for c in choices)}"
+                )
+        for names, (least, most, *words) in RANGES.items():
             for name in names.split():
-                if not fits(getattr(self, name)):
-                    raise ValueError(f"{name}={getattr(self, name)} must be {range_}")
+                value = getattr(self, name)
+                if not least <= value <= most:  # a NaN is in no range
+                    range_ = words[0] if words else f"at least {least:g} and at most {most:g}"
+                    raise ValueError(f"{name}={_short(value)} must be {range_}")
+        weights = self.depth * self.dim**2 * (4 + 2 * self.mlp_ratio) if self.model == "convit" else 0
+        if weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"dim={self.dim}, depth={self.depth} and mlp_ratio={self.mlp_ratio:g} make a network of {weights:.1g} weights; "
+                f"at most {MOST_WEIGHTS:g} are built"
+            )
         if self.rand_augment:
             augment.parse(self.rand_augment)
         if self.dim % self.num_heads:
@@ -179,7 +188,7 @@ class Run:
         for name, kind in typing.get_type_hints(cls).items():
             fits = type(values[name]) is kind or (kind is float and type(values[name]) is int)
             if not fits:
-                raise ValueError(f"{name}={values[name]!r} is not of type {kind.__name__}")
+                raise ValueError(f"{name}={_short(values[name])} is not of type {kind.__name__}")
         return cls(**values)
 
     def change(self, settings: list[str]) -> Run:
@@ -201,10 +210,10 @@ class Run:
     @property
     def memories(self) -> int:
         """How many processes are emulated that keep a memory each; 1 is one memory shared by all there are."""
-        match = re.fullmatch(r"per-process:([1-9]\d*)", self.memory_mode)
+        match = re.fullmatch(r"per-process:([1-9]\d{0,5})", self.memory_mode)
         if not match and self.memory_mode != "shared":
             raise ValueError(
-                f"memory_mode={self.memory_mode!r} is neither shared nor per-process:W, like per-process:2"
+                f"memory_mode={_short(self.memory_mode)} is neither shared nor per-process:W, like per-process:2"
             )
         if match and self.batch_size % int(match[1]):
             raise ValueError(f"memory_mode={self.memory_mode} does not divide batch_size={self.batch_size}")
@@ -257,17 +266,21 @@ CHOICES = {
     "eval_amp": ("none", "bf16", "fp16"),
     "kd_rows": ("old", "all"),
 }
-# Fields -> (what holds, in words); a NaN fits nowhere.
-RANGES = {
-    "dim num_heads patch_size epochs_first epochs batch_size repeats": (lambda v: v >= 1, "at least 1"),
-    "seed image_size num_classes images_per_class n_lpa warmup_epochs finetune_epochs crop_padding memory "
-    "cosine_epochs_first": (
-        lambda v: v >= 0, "at least 0"),
-    "mixup weight_decay init_std lr_min warmup_lr locality_strength": (lambda v: 0 <= v < math.inf, "at least 0"),
-    "lr_first lr finetune_lr mlp_ratio kd_tau": (lambda v: 0 < v < math.inf, "above 0"),
-    "drop_path smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "lambda_init gate_init": (math.isfinite, "finite"),
+# Fields -> the least and the most that they may be, both included; in words where those say it better. More than the most is
+# a slip of the finger, and would fill the memory.
+RANGES: dict[str, tuple] = {
+    "epochs_first epochs": (1, 100_000),
+    "warmup_epochs finetune_epochs cosine_epochs_first": (0, 100_000),
+    "batch_size": (1, 1_000_000), "repeats": (1, 1000), "crop_padding": (0, 1000), "seed": (0, 2**63 - 1),
+    "dim": (1, 65_536), "num_heads": (1, 4096), "depth": (0, 1000), "n_lpa": (0, 1000), "patch_size": (1, 10_000),
+    "image_size": (0, 10_000), "num_classes": (0, 1_000_000), "images_per_class": (0, 10**9), "memory": (0, 10**9),
+    "mixup": (0, 1000), "weight_decay lr_min warmup_lr locality_strength": (0, 1e6),
+    "lr_first lr finetune_lr kd_tau": (1e-30, 1e30, "above 0 and finite"),
+    "mlp_ratio": (1e-3, 1000), "init_std": (1e-9, 1000),
+    "drop_path smoothing": (0, 1 - 1e-9, "at least 0 and below 1"),
+    "lambda_init gate_init": (-1e6, 1e6, "finite, and between -1e6 and 1e6"),
 }  # fmt: skip
+MOST_WEIGHTS = 5e9  # of a network that is built
 
 
 def _parse(key: str, text: str, kind: type) -> object:
@@ -279,7 +292,16 @@ def _parse(key: str, text: str, kind: type) -> object:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{key}={text!r} is not of type {kind.__name__}") from None
+        raise ValueError(f"{key}={_short(text)} is not of type {kind.__name__}") from None
+
+
+def _short(value: object) -> str:
+    """A value for a message: in one line, and not longer than one reads."""
+    try:
+        text = repr(value) if isinstance(value, str) and value else str(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 @contextlib.contextmanager

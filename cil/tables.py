@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from cil.files import atomically
+from cil.files import atomically, reason_of, regular
 
+MANY = 10**12  # more than any count here
 AFTER = -1  # the `at_step` of a network after its task, not inside it
 
 
@@ -18,6 +19,7 @@ class Table:
 
     added: columns that tables of an earlier version lack -> what they then hold.
     renamed: text column -> {its word in tables of an earlier version: the word now}.
+    ranges: numeric column -> (least, most) of its values, which are then never missing.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Table:
     values: dict[str, tuple[str, str]]
     added: dict[str, object] = field(default_factory=dict)
     renamed: dict[str, dict[str, str]] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, tuple[str, str]]:
@@ -46,9 +49,22 @@ class Table:
         frame = frame[list(self.columns)].reset_index(drop=True)
         for column, (dtype, _) in self.columns.items():
             try:
-                frame[column] = frame[column].astype(dtype)
-            except (ValueError, TypeError):
-                raise ValueError(f"table {self.name}: column {column} holds values that are not {dtype}") from None
+                converted = frame[column].astype(dtype)
+                exact = (
+                    dtype != "int64" or len(frame) == 0 or bool((converted == frame[column].astype("float64")).all())
+                )
+            except (ValueError, TypeError, OverflowError):
+                exact = False
+            if not exact:
+                raise ValueError(f"table {self.name}: column {column} holds values that are not {dtype}")
+            frame[column] = converted
+        for column, (least, most) in self.ranges.items():
+            outside = frame[~frame[column].between(least, most)]
+            if len(outside):
+                value = outside[column].iloc[0]
+                raise ValueError(
+                    f"table {self.name}: column {column} holds {value:g}, which is not from {least:g} to {most:g}"
+                )
         for column, words in self.renamed.items():
             frame[column] = frame[column].replace(words)
         repeated = frame[frame.duplicated(list(self.keys))]
@@ -70,19 +86,20 @@ class Table:
 
     def read(self, path: str | Path) -> pd.DataFrame:
         """The table in `path`. Raises ValueError when it is no such table."""
-        path = Path(path)
+        path = regular(path)
         try:
             # Text columns may hold "" and "nan": only numbers have missing values here.
             text = {c: str for c, (dtype, _) in self.columns.items() if dtype == "str"}
             frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=text)
-        except FileNotFoundError:
-            raise ValueError(f"{path} is not there") from None
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is no readable table: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, OverflowError, RecursionError) as error:  # pandas' own are ValueErrors
+            raise ValueError(f"{path} is no readable table: {reason_of(error)}") from None
         for column in text:
             if column in frame:
                 frame[column] = frame[column].fillna("")
-        return self.check(frame)
+        try:
+            return self.check(frame)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 ACCURACY = Table(
@@ -96,6 +113,7 @@ ACCURACY = Table(
         "correct": ("int64", "of them classified correctly among all classes seen, without a task id"),
         "accuracy": ("float64", "correct / images, 0 to 1"),
     },
+    ranges={"task": (0, MANY), "on_task": (0, MANY), "images": (1, MANY), "correct": (0, MANY), "accuracy": (0, 1)},
 )
 
 TRAINING = Table(
@@ -113,6 +131,7 @@ TRAINING = Table(
         "lr": ("float64", "learning rate"),
         "seconds": ("float64", "wall-clock time of the epoch"),
     },
+    ranges={"task": (0, MANY), "epoch": (0, MANY), "steps": (0, MANY), "images": (0, MANY), "seconds": (0, MANY)},
 )
 
 MEMORY = Table(
@@ -123,6 +142,7 @@ MEMORY = Table(
         "rank": ("int64", "order in which herding picked the image, from 0"),
     },
     values={"image": ("int64", "index into the training set as its data set module loads it")},
+    ranges={"process": (0, MANY), "label": (0, MANY), "rank": (0, MANY), "image": (0, MANY)},
 )
 
 SWEEP = Table(

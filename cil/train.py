@@ -19,6 +19,7 @@ from cil.evaluate import accuracy_rows, batch_size
 from cil.fit import fit
 from cil.memory import budget_per_class, remember
 from cil.models import Incremental
+from cil.opened import check_memory
 from cil.run import Run, randomness
 from cil.scenario import relabel
 from cil.schedule import exemplars, finetune_phase, joint_phase, main_phase, with_memory
@@ -38,10 +39,15 @@ def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambd
     with session.interruptible(), contextlib.ExitStack() as locked:
         parallel.once(locked.enter_context, directory.lock())
         finished = directory.tasks
-        model = directory.model(finished[-1]).to(device) if finished else None
-        for task in directory.planned_tasks[len(finished) :]:
+        if finished:
+            directory.written("accuracy")
+        model = None
+        for task in (task for task in directory.planned_tasks if task not in finished):
             if run.training == "incremental":
-                model = learn_increment(directory, dataset, model, task, session)
+                if task:
+                    check_memory(directory, task - 1, dataset.train.labels)
+                before = directory.model(task - 1).to(device) if task and task - 1 in finished else model
+                model = learn_increment(directory, dataset, before, task, session)
             else:
                 model = learn_jointly(directory, dataset, task, session)
             rows = accuracy_rows(

@@ -79,7 +79,10 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     if kind in data.DATASETS and not path.is_dir():
         if (kind == "folder") != bool(place):
             raise Typed(f"no data set {source!r}; there are: {data.names()}")
-        test = data.load(source, data_dir).test
+        loaded = data.load(source, data_dir)
+        test = loaded.test
+        if classes and max(classes) >= len(loaded.classes):
+            raise ValueError(f"class {max(classes)} of the run is none of the {len(loaded.classes)} of {source}")
         wanted = (
             torch.ones(len(test), dtype=torch.bool)
             if classes is None

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cil import resume
 from cil.checkpoint import open_run
+from cil.run import FORMAT
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -102,7 +103,7 @@ def without(values, key):
         (lambda run: [], "damaged"),
         (lambda run: {}, "damaged"),
         (lambda run: without(run, "format"), "damaged"),
-        (lambda run: run | {"format": 3}, ["format 3", "formats 1 to 2"]),
+        (lambda run: run | {"format": FORMAT + 1}, [f"format {FORMAT + 1}", f"formats 1 to {FORMAT}"]),
         (lambda run: run | {"format": None}, "format None"),
         (lambda run: without(run, "classes"), "lacks classes"),
         (lambda run: without(run, "run"), "lacks run"),
@@ -126,8 +127,9 @@ def test_run_json(runs, picture, toy, change, names):
 
 def test_resume_state_that_is_torn_counts_as_none(runs):
     directory = open_run("runs/toy")
+    whole_state = dict.fromkeys(resume.KEYS, 0) | {"task": 1, "model": {"weight": torch.zeros(100)}}
     for step in (5, 6, 7):
-        resume.save(directory, step, {"task": 1, "step": step, "model": {"weight": torch.zeros(100)}})
+        resume.save(directory, step, whole_state | {"step": step})
     path, previous = resume.states(directory)  # the last two are kept
     assert (path.stem, previous.stem) == ("000000007", "000000006")
     whole = path.read_bytes()
@@ -138,7 +140,7 @@ def test_resume_state_that_is_torn_counts_as_none(runs):
         assert resume.load(directory, 1)["step"] == 6
     previous.write_bytes(b"junk")
     assert resume.load(directory, 1) is None
-    resume.save(directory, 5, {"task": 1, "step": 5})  # anew from before the torn ones, which must not push it out
+    resume.save(directory, 5, whole_state | {"step": 5})  # anew from before the torn ones, which must not push it out
     assert resume.load(directory, 1)["step"] == 5 and [p.stem for p in resume.states(directory)] == ["000000005"]
 
 

@@ -139,7 +139,7 @@ def test_torn_between_two_tables_a_measurement_counts_as_missing(study, toy_runs
 
 
 def test_attention_opens_nowhere_but_in_parquet(tmp_path):
-    with pytest.raises(ValueError, match="no readable table"):
+    with pytest.raises(ValueError, match="is a folder, not a file"):
         ATTENTION.read(tmp_path)
 
 

@@ -37,7 +37,7 @@ def run_demo(out: Path, echo: Callable[[str], None], device: str = "cpu", thread
     tables = result.write(out)
     echo(survey.format_table(result.nonlocality))
     for name in PAIRS:
-        echo(f"{name}: {format_scores(checkpoint.open_run(out / name).table('accuracy'))}")
+        echo(f"{name}: {format_scores(checkpoint.open_run(out / name).written('accuracy'))}")
 
     figure = nonlocality_over_tasks.draw(result.nonlocality)
     drawn = [style.save(figure, out / "nonlocality_over_tasks.png")]

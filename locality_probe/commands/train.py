@@ -55,4 +55,4 @@ def train_command(recipe, settings, out, data_dir, download, dry_run, threads, d
         directory, first = train(run, out, here, report), parallel.rank() == 0
     if first:
         done = f"tasks {directory.tasks[0]} to {directory.tasks[-1]} finished"
-        say(f"{directory.path}: {done}; {format_scores(directory.table('accuracy'), directory.run.training)}")
+        say(f"{directory.path}: {done}; {format_scores(directory.written('accuracy'), directory.run.training)}")

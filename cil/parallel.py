@@ -31,14 +31,23 @@ def size() -> int:
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started (nccl on CUDA, else gloo); yields the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the processes that torchrun started (nccl on CUDA, else gloo); yields the device of this one.
+
+    Raises ValueError where WORLD_SIZE, which torchrun sets, is no number of processes.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not (world.isdecimal() and 0 < int(world[:9]) and len(world) < 9):
+        raise ValueError(
+            f"WORLD_SIZE={world[:40]!r} is no number of processes: start several with torchrun, or unset it"
+        )
+    if int(world) == 1:
         yield device
         return
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.barrier()  # one that fails and leaves before all have met would be a broken connection to the others
     try:
         yield device
     finally:

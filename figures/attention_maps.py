@@ -48,6 +48,7 @@ def draw(
     elif scale == "difference":
         unit = f"difference of {unit}"
     figure, each, grid = Figure(), scale == "each", maps.shape[2:]
+    figure.set_layout_engine("none")  # panels have their places in inches
     diverging = scale in ("uniform", "difference")
     caption = f"{unit}, each panel on its own scale" if each else ""
     place = _layout(figure, image.shape[:2], row_labels, column_labels, title, caption, each)

@@ -82,6 +82,15 @@ assert [layer.how for layer in examine_subject(find_model("mine/tiny"))] == ["sd
     assert "blocks.1.attn ok torch.Size([2, 3])" in told and told.endswith("joint\n")
 
 
+def test_python_of_the_page_on_lpa_runs(capsys):
+    page = (ROOT / "docs/lpa-in-your-model.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    space: dict = {}
+    exec(compile(code, "lpa-in-your-model.md", "exec"), space)
+    scales = space["probe"].result().table().groupby("layer")["content_scale"].mean()
+    assert scales.tolist() == pytest.approx([1.0] * 6 + [0.02] * 6) and "content_scale" in capsys.readouterr().out
+
+
 def test_files_named_on_the_page_on_extending_are_there():
     page = (ROOT / "docs/extending.md").read_text()
     names = re.findall(r"`((?:cil|locality_probe|docs|tests)/[\w./]+)`", page)

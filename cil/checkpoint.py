@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cil.data import Dataset
 from cil.device import processor
-from cil.files import atomically, check_run, git_state, read_json, versions, write_json
+from cil.files import atomically, check_run, git_state, read_json, reason_of, regular, versions, write_json
 from cil.methods import METHODS
 from cil.models import Incremental, create_model
 from cil.opened import accuracy_of, check_description
@@ -318,15 +318,33 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path)
     if odd:
         shapes = f"{odd[0]}: {given.get(odd[0], 'missing')} in the file, {expected.get(odd[0], 'unknown')} in the model"
         raise ValueError(f"{source} does not fit the model at {len(odd)} of {len(expected)} tensors ({shapes})")
-    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise ValueError(f"{source} holds NaN or infinite values in {bad[0]}")
+    wanted = model.state_dict()
+    for name, tensor in state.items():
+        check_tensor(name, tensor, wanted[name], source)
     model.load_state_dict(state)
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, tensor: Tensor, wanted: Tensor, source: Path) -> None:
+    """Raises ValueError for a tensor of a weights file that the network cannot compute with."""
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    if not plain or (wanted.is_floating_point() and tensor.dtype not in DTYPES):
+        odd = {
+            "quantised": tensor.is_quantized,
+            "meta": tensor.is_meta,
+            str(tensor.layout): tensor.layout != torch.strided,
+        }
+        kind = next((name for name, so in odd.items() if so), str(tensor.dtype)).removeprefix("torch.")
+        raise ValueError(f"{source} holds {name} as {kind}: save it as float32, float16 or bfloat16")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{source} holds NaN or infinite values in {name}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Raises ValueError for a file that is truncated or something else."""
     try:
-        return load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
+        return load_file(regular(path))
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({reason_of(error)})") from None

@@ -16,6 +16,8 @@ def resolve(name: str) -> str:
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "meta":
+        raise ValueError("the device 'meta' holds no numbers; give cpu or cuda")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

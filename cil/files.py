@@ -27,6 +27,8 @@ def atomically(path: Path, write: Callable[[Path], object]) -> Path:
         with open(part, "rb") as file:  # also after a power cut
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:  # "File too large" alone would not say which
+        raise OSError(error.errno, error.strerror or str(error), error.filename2 or str(path)) from None
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -116,7 +118,7 @@ def check_run(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"no run directory {path}" + _neighbours(path))
-    if not (path / "run.json").is_file():
+    if not (path / "run.json").exists():
         raise ValueError(f"{path} holds no run.json, so it is no run directory" + _neighbours(path / "*"))
     return path
 

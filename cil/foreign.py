@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from timm.models.convit import ConVit
 from torch import Tensor, nn
 
 from cil.checkpoint import load_weights
+from cil.files import regular
 from cil.models import IncrementalViT
 from cil.run import Run
 
@@ -79,8 +81,8 @@ def read(state: dict[str, Tensor], source: Path) -> tuple[nn.Module, tuple[int, 
             model = IncrementalViT(run, (side, side))
             for num_classes in heads:
                 model.grow(num_classes, divergence="div_head.fc.bias" in state)
-    except (LookupError, ValueError):
-        raise ValueError(
+    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError, AssertionError):
+        raise ValueError(  # shapes that are no network's stop anywhere in what tells a network from them
             f"{source} does not hold the weights of an LPA, DyTox or ConViT network; those of another model go with "
             "--model, as in --model timm/NAME --weights FILE"
         ) from None
@@ -130,12 +132,13 @@ def open_pth(path: Path) -> tuple[dict[str, Tensor], str]:
 
     Raises ValueError for a file that is truncated, something else, or holds more than weights.
     """
+    if not path.exists():
+        raise ValueError(f"no weights file {path}")
+    _check_archive(regular(path))
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of what it cannot read, which it then says again
             content = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise ValueError(f"no weights file {path}") from None
     except PermissionError:
         raise
     except pickle.UnpicklingError:
@@ -153,7 +156,29 @@ def open_pth(path: Path) -> tuple[dict[str, Tensor], str]:
         where.append(key)
     if not isinstance(content, dict) or not _is_state(content):
         raise ValueError(f"{path} holds no state dict")
+    _check_claims(content, path)
     return dict(content), ".".join(where)
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for a zip file that unpacks to far more than it is: torch.save compresses nothing."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+        except (zipfile.BadZipFile, OSError, NotImplementedError):
+            raise ValueError(f"{path} is truncated or no .pth file") from None
+        if unpacked > 2 * path.stat().st_size + 2**20:
+            raise ValueError(f"{path} unpacks to {unpacked / 2**20:.0f} MiB, which torch.save does not write")
+
+
+def _check_claims(state: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError where tensors claim more numbers than the file has bytes, as expanded ones do."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values() if tensor.layout == torch.strided)
+    if claimed > 4 * path.stat().st_size + 2**20:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, and its tensors claim {claimed:.3g}: save them contiguous"
+        )
 
 
 def _is_state(content: dict) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pandas as pd
 
 from cil.files import atomically, reason_of, regular
 
+FORMULA = re.compile(
+    r"'*[=+\-@\t\r]"
+)  # the beginning of a cell that a spreadsheet runs: it is written behind an apostrophe
 MANY = 10**12  # more than any count here
 AFTER = -1  # the `at_step` of a network after its task, not inside it
 
@@ -80,6 +84,8 @@ class Table:
             if path.suffix == ".parquet":
                 frame.to_parquet(part, index=False, compression="zstd")
             else:
+                for column in (c for c, (dtype, _) in self.columns.items() if dtype == "str"):
+                    frame[column] = frame[column].map(lambda text: f"'{text}" if FORMULA.match(text) else text)
                 frame.to_csv(part, index=False)
 
         return atomically(path, write)
@@ -96,6 +102,10 @@ class Table:
         for column in text:
             if column in frame:
                 frame[column] = frame[column].fillna("")
+                if path.suffix != ".parquet":
+                    frame[column] = frame[column].map(
+                        lambda cell: cell[1:] if cell[:1] == "'" and FORMULA.match(cell[1:]) else cell
+                    )
         try:
             return self.check(frame)
         except ValueError as error:

@@ -20,7 +20,8 @@ GAP = 2  # columns between two columns of a table
 
 def columns() -> int:
     """How wide what is printed may be: as wide as the terminal, or 80 where standard output is none."""
-    return shutil.get_terminal_size((PIPE, 24)).columns if sys.stdout.isatty() else PIPE
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # it is None where standard output is closed
+    return shutil.get_terminal_size((PIPE, 24)).columns if on_terminal else PIPE
 
 
 def prose(text: str, width: int | None = None) -> str:

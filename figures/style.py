@@ -11,6 +11,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from cil.files import atomically
 
@@ -65,11 +66,21 @@ def look() -> Iterator[None]:
 
 def room(figure: Figure, texts: Sequence[str]) -> np.ndarray:
     """[width, height] in inches, with a little air, of the largest of `texts` in `figure`; 0 where there is none."""
-    drawn = [figure.text(0, 0, text, weight="bold") for text in texts if text]
+    drawn = [figure.text(0, 0, text, weight="bold", parse_math=False) for text in texts if text]
     boxes = [np.asarray(text.get_window_extent().size) / figure.dpi + 0.08 for text in drawn]
     for text in drawn:
         text.remove()
     return np.max(boxes, axis=0) if boxes else np.zeros(2)
+
+
+D_LOC = r"$D_\mathrm{loc}$"  # the mathematics in our own labels
+
+
+def literal(figure: Figure) -> None:
+    """Have a $ in any text but D_LOC be a dollar, as in the name of a run."""
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "$" in text.get_text().replace(D_LOC, ""):
+            text.set_parse_math(False)
 
 
 def check_suffix(path: str | Path) -> str:
@@ -88,6 +99,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     suffix = check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    literal(figure)
     try:
         with look():
             return atomically(path, lambda part: figure.savefig(part, format=suffix[1:], metadata=METADATA[suffix]))

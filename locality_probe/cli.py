@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from locality_probe import __version__
+from locality_probe.commands.base import open_streams
 from locality_probe.commands.compare import compare_command
 from locality_probe.commands.demo import demo_command
 from locality_probe.commands.doctor import doctor_command
@@ -22,6 +23,7 @@ from locality_probe.commands.transfer import transfer_command
 @click.version_option(__version__)
 def main() -> None:
     """Does a vision transformer keep looking locally while it learns class after class, and does it pay?"""
+    open_streams()
 
 
 for command in (

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from cil import checkpoint, text
+from cil.files import reason_of
 from locality_probe.probe import NO_PATCHES
 from locality_probe.record import Grids, Layer, Recorder
 from locality_probe.subject import Subject, from_file, from_model_option, from_run
@@ -63,7 +64,11 @@ def examine_subject(
     noise = torch.randint(256, (300, 300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x = subject.preprocess(Image.fromarray(noise.numpy()))
     model, pair = subject.model.to(device), torch.stack([x, x.flip(-1)]).to(device)
-    return examine(model, pair, grid=grid, num_prefix_tokens=num_prefix_tokens)
+    try:
+        return examine(model, pair, grid=grid, num_prefix_tokens=num_prefix_tokens)
+    except (RuntimeError, TypeError, NotImplementedError, IndexError, AttributeError) as error:
+        size = " x ".join(map(str, pair.shape[-2:]))
+        raise ValueError(f"{subject.run} fails on images of {size} pixels: {reason_of(error)}") from None
 
 
 def format_layers(layers: list[Layer]) -> str:

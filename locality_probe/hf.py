@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 
 from cil import data
+from cil.files import read_json
 
 SIZE = 224  # pixels, where neither the model nor its processor says
 RESAMPLE = {
@@ -52,7 +53,7 @@ def preprocessing(folder: Path, config: Any) -> Preprocessing:
 
     def cut(image: Image.Image) -> Image.Image:
         if settings.get("do_resize", True):
-            image = functional.resize(image, [shortest] if shortest else list(sides or wanted), mode)
+            image = functional.resize(data.trimmed(image), [shortest] if shortest else list(sides or wanted), mode)
         return (
             functional.center_crop(image, list(crop))
             if crop
@@ -66,6 +67,11 @@ def preprocessing(folder: Path, config: Any) -> Preprocessing:
     normalised = settings.get("do_normalize", True)
     mean = settings.get("image_mean", data.IMAGENET_MEAN) if normalised else (0.0,) * 3
     std = settings.get("image_std", data.IMAGENET_STD) if normalised else (1.0,) * 3
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if not isinstance(values, (list, tuple)) or not all(
+            isinstance(v, (int, float)) and math.isfinite(v) for v in values
+        ):
+            raise ValueError(f"{file or folder} has an {name} of {values}: three numbers are wanted")
     return Preprocessing(cut, tuple(m / scale for m in mean), tuple(s / scale for s in std), tuple(notes))
 
 
@@ -74,11 +80,10 @@ def _settings(folder: Path) -> tuple[dict[str, Any], Path | None]:
     for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
         if not file.is_file():
             continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON ({error})") from None
-        found = found.get("image_processor", found) if isinstance(found, dict) else None
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds no settings of an image processor")
+        found = found.get("image_processor", found)
         if isinstance(found, dict) and ({"size", "image_mean", "do_normalize", "do_resize"} & set(found)):
             return found, file
     return {}, None

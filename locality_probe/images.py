@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cil import data
+from cil.files import reason_of, regular
 from locality_probe.subject import Subject
 from locality_probe.typed import Typed
 
@@ -68,7 +69,7 @@ def load_images(
     chosen = items[torch.tensor(index)] if isinstance(items, Tensor) else [items[i] for i in index]
     digest = hashlib.sha256()
     for item in chosen:
-        digest.update(item.read_bytes() if isinstance(item, Path) else np.asarray(item).tobytes())
+        digest.update(regular(item).read_bytes() if isinstance(item, Path) else np.asarray(item).tobytes())
     return ProbeImages(name, index, chosen, digest.hexdigest())
 
 
@@ -106,22 +107,41 @@ def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple
     return images, source, torch.arange(len(images))
 
 
+MOST_BYTES = 2 * 2**30  # of an array, unpacked
+
+
 def _array(path: Path) -> Tensor:
     """Float [n, 3, H, W] of a .npy file, or of the only array (or the one called images) of a .npz file."""
+    if not path.exists():
+        raise ValueError(f"no images file {path}")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded as arrays:
+        if path.suffix == ".npz":
+            with np.load(regular(path), allow_pickle=False) as arrays:
                 if "images" not in arrays.files and len(arrays.files) != 1:
                     raise ValueError(f"it holds {', '.join(arrays.files) or 'nothing'}, and none is called images")
-                loaded = arrays["images" if "images" in arrays.files else arrays.files[0]]
-    except FileNotFoundError:
-        raise ValueError(f"no images file {path}") from None
+                name = "images" if "images" in arrays.files else arrays.files[0]
+                unpacked = max(
+                    (info.file_size for info in arrays.zip.infolist() if info.filename == f"{name}.npy"), default=0
+                )
+                if unpacked > MOST_BYTES:
+                    raise ValueError(
+                        f"{name} takes {unpacked / 2**30:.1f} GiB, and at most {MOST_BYTES / 2**30:.0f} are read"
+                    )
+                loaded = arrays[name]
+        else:
+            loaded = np.load(
+                regular(path), allow_pickle=False, mmap_mode="r"
+            )  # a header that lies is told by the file's size
+        if not isinstance(loaded, np.ndarray):
+            raise ValueError("what it holds is no array")
     except ValueError as error:
-        reason = "it holds Python objects, or is none of NumPy's files" if "pickle" in str(error) else error
+        reason = "it holds Python objects, or is none of NumPy's files" if "pickle" in str(error) else reason_of(error)
         raise ValueError(f"{path} is no array of images ({reason})") from None
-    except (OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or no array of images ({error})") from None
+    except (
+        OSError, EOFError, MemoryError, OverflowError, NotImplementedError, RuntimeError, KeyError, SyntaxError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{path} is truncated or no array of images ({reason_of(error)})") from None
     if loaded.ndim != 4 or loaded.shape[1] != 3 or loaded.dtype.kind != "f":
         raise ValueError(f"{path} holds {loaded.dtype} {loaded.shape}, not normalised floats [n, 3, H, W]")
     with np.errstate(over="ignore"):

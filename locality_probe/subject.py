@@ -101,6 +101,7 @@ def from_timm(
     ]
 
     def cut(image: Image.Image) -> Image.Image:
+        image = data.trimmed(image)
         for step in crop:
             image = step(image)
         return image
@@ -141,11 +142,15 @@ def from_torchvision(
     read = None if weights is None else weights_of.read(weights)
     model = make(None) if read is None else weights_of.load(make, read, ("heads", "head", "fc", "classifier"))
     preset = get_model_weights(name).DEFAULT.transforms()
-    (side,), (around,) = preset.crop_size, preset.resize_size
+    if not hasattr(preset, "crop_size") or len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
+        raise ValueError(
+            f"{name} takes videos, pairs or whole scenes, not images cut to a square: measure it in Python"
+        )
+    side, around = preset.crop_size[0], preset.resize_size[0]
     size = image_size or side
 
     def crop(image: Image.Image) -> Image.Image:
-        resized = functional.resize(image, [round(around * size / side)], preset.interpolation)
+        resized = functional.resize(data.trimmed(image), [round(around * size / side)], preset.interpolation)
         return functional.center_crop(resized, [size])
 
     notes = () if read is None else tuple(read.said)
@@ -271,6 +276,7 @@ def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         return make()
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = "its weights cannot be fetched from here" if "urlopen" in reason else reason
         raise ValueError(f"{name} cannot be made: {reason}") from None
 
 

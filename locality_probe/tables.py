@@ -318,7 +318,7 @@ STEPS = Table(
     },
 )
 
-STUDY_ACCURACY = Table("accuracy", keys=RUNS.keys | ACCURACY.keys, values=ACCURACY.values)
+STUDY_ACCURACY = Table("accuracy", keys=RUNS.keys | ACCURACY.keys, values=ACCURACY.values, ranges=ACCURACY.ranges)
 
 LAYER_IMAGES = Table(
     "layer_images",

@@ -73,9 +73,9 @@ Patch = tuple[int, int]  # row, column
 def parse_grid(text: str) -> tuple[int, ...]:
     """ROWS,COLUMNS, or N for a sequence, or FRAMES,ROWS,COLUMNS for a video. Raises Typed for anything else."""
     sides = text.split(",")
-    if not 1 <= len(sides) <= 3 or not all(side.strip().isdecimal() and 0 < int(side) < 10**5 for side in sides):
+    if not 1 <= len(sides) <= 3 or not all(is_count(side.strip()) and 0 < int(side) < 10**5 for side in sides):
         raise Typed(
-            f"--grid {text!r} is not ROWS,COLUMNS in patches, like 14,14; nor N, for a sequence; nor FRAMES,ROWS,COLUMNS"
+            f"--grid {short(text)} is not ROWS,COLUMNS in patches, like 14,14; nor N, for a sequence; nor FRAMES,ROWS,COLUMNS"
         )
     return tuple(int(side) for side in sides)
 
@@ -84,7 +84,9 @@ def parse_layers(text: str) -> list[int] | None:
     """Numbers like 0,2, or None for all. Raises Typed for anything else."""
     numbers = None if text == "all" else _numbers(text)
     if numbers == []:
-        raise Typed(f"layer={text!r} is neither all nor numbers like 0,2")
+        raise Typed(f"layer={short(text)} is neither all nor numbers like 0,2")
+    if numbers and len(set(numbers)) < len(numbers):
+        raise Typed(f"layer={short(text)} names a layer twice")
     return numbers
 
 
@@ -92,24 +94,40 @@ def parse_heads(text: str) -> list[int] | str:
     """mean, all, or numbers like 0,2. Raises Typed for anything else."""
     heads = text if text in ("mean", "all") else _numbers(text)
     if heads == []:
-        raise Typed(f"no head {text}: give numbers from 0, like 0,2, or mean or all")
+        raise Typed(
+            f"no head {text if len(text) <= 80 else short(text)}: give numbers from 0, like 0,2, or mean or all"
+        )
     return heads
 
 
 def _numbers(text: str) -> list[int]:
     """Of whole numbers between commas; none where one of them is no such number."""
     parts = text.split(",")
-    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
+    return [int(part) for part in parts] if all(map(is_count, parts)) else []
+
+
+MOST_DIGITS = 9  # of a number that is typed: no layer, task or patch has more
+
+
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number from 0 on, of at most MOST_DIGITS digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+
+
+def short(text: str) -> str:
+    """What was typed, for a message: in one line, and no longer than one reads."""
+    return repr(text) if len(text) <= 80 else f"{text[:60]!r}... ({len(text)} characters)"
 
 
 def parse_query(text: str) -> str | Patch | Pixel:
     """mean, cls, a patch as ROW,COLUMN, or pixel:ROW,COLUMN. Raises Typed for anything else."""
     if text in ("mean", "cls"):
         return text
-    match = re.fullmatch(r"(pixel:)?(\d+),(\d+)", text)
+    match = re.fullmatch(r"(pixel:)?(\d{1,9}),(\d{1,9})", text, re.ASCII)
     if not match:
         raise Typed(
-            f"query={text!r} is neither mean, cls, ROW,COLUMN in patches, like 3,4, nor pixel:ROW,COLUMN, like pixel:120,64"
+            f"query={short(text)} is neither mean, cls, ROW,COLUMN in patches, like 3,4, "
+            "nor pixel:ROW,COLUMN, like pixel:120,64"
         )
     place = int(match[2]), int(match[3])
     return Pixel(*place) if match[1] else place
@@ -122,12 +140,14 @@ def split_checkpoint(spec: str) -> tuple[str, str | None]:
     """
     from cil.files import check_run
 
-    matched = re.fullmatch(r"(.*?)(?::(init|all|\d+))?", spec, re.DOTALL)
+    if Path(spec, "run.json").is_file():  # whose name may have a colon
+        return spec, None
+    matched = re.fullmatch(r"(.*?)(?::(init|all|\d{1,9}))?", spec, re.DOTALL)
     assert matched is not None  # whatever is written: the first group takes it
     path, which = matched.groups()
     run, _, wrong = path.rpartition(":")
     if wrong and Path(run, "run.json").is_file():
-        raise Typed(f"no task {wrong!r} of {run}: a number, init or all")
+        raise Typed(f"no task {short(wrong)} of {run}: a number, init or all")
     check_run(path)
     return path, which
 

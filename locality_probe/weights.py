@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from cil import foreign
-from cil.checkpoint import read_safetensors
+from cil.checkpoint import check_tensor, read_safetensors
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # First words of names that are no part of a trunk: classifiers, projections of self-supervised training, decoders of MAE.
 HEADS = re.compile(
     r"(heads?|head_dist|fc|classifier|classifiers|proj(ector|ection)?|projection_head|predictor|prototypes|mlp_head|last_layer|"
@@ -74,7 +72,7 @@ def load(make: Callable[[int | None], nn.Module], weights: Weights, head: tuple[
             f"{len(extra)} others ({example}: {given} in the file, {wants} in the model)"
         )
     for name in trunk:
-        _check(name, inside[name], expected[name], weights.path)
+        check_tensor(name, inside[name], expected[name], weights.path)
     left = sorted(
         {name.split(".")[0] for name in wrong} | {name.split(".")[0] for name in inside if name not in expected}
     )
@@ -116,19 +114,3 @@ def _image_size(model: nn.Module, state: dict[str, Tensor]) -> int | None:
     side = round(max(given.shape[1] - prefix, 0) ** 0.5)
     fits = side > 0 and side**2 == given.shape[1] - prefix and patch[0] == patch[1] and given.shape[2] == own.shape[2]
     return side * patch[0] if fits and side * patch[0] < 10_000 else None
-
-
-def _check(name: str, tensor: Tensor, wanted: Tensor, path: Path) -> None:
-    """Raises ValueError for a tensor that the network cannot compute with."""
-    plain = tensor.layout == torch.strided and not tensor.is_quantized
-    if not plain or (wanted.is_floating_point() and tensor.dtype not in DTYPES):
-        kind = (
-            str(tensor.dtype).removeprefix("torch.")
-            if plain
-            else str(tensor.layout if not tensor.is_quantized else "quantised")
-        )
-        raise ValueError(
-            f"{path} holds {name} as {kind.removeprefix('torch.')}: save it as float32, float16 or bfloat16"
-        )
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise ValueError(f"{path} holds NaN or infinite values in {name}")

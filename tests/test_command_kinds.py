@@ -103,10 +103,20 @@ def test_an_option_has_one_meaning_in_all_commands():
 def test_threads(runs, picture, monkeypatch, line):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("cil.device.cores", lambda: 4)
     run_ok(*line.split(), "--threads", 3, "--device", "cpu")
     assert 3 in asked
     assert invoke(*line.split(), "--threads", 0).exit_code == 2
+    assert invoke(*line.split(), "--threads", 10**10).exit_code == 2
     assert invoke(*line.split(), "--device", "quantum").exit_code == 2
+
+
+def test_more_threads_than_cores_are_cores_and_a_word(runs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("cil.device.cores", lambda: 2)
+    result = run_ok("doctor", "runs/toy", "--threads", 1000)
+    assert asked == [2] and "--threads 1000: this machine has 2 cores" in result.stderr
 
 
 def test_the_demo_passes_device_and_threads_on(monkeypatch):

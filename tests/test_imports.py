@@ -62,6 +62,7 @@ def test_tables_need_pandas_alone(file):
         "__future__",
         "os",
         "math",
+        "re",
         "dataclasses",
         "pathlib",
     }
@@ -84,6 +85,7 @@ LIGHT = {
     "functools",
     "os",
     "re",
+    "sys",
     "collections",
     "dataclasses",
     "pathlib",

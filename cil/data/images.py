@@ -11,14 +11,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
+from cil.files import regular
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+# What is not opened, whatever its name: their readers start another program (EPS: Ghostscript), or ask for one.
+OTHER_PROGRAMS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "FITS", "MPEG"}
+LONGEST = 100  # times its shorter side: what is farther from the middle of a strip, no crop shows
 
 
 def image_files(root: Path) -> list[Path]:
     """Image files of a folder, sorted. Raises ValueError when there is none."""
     # Names as plain strings: ImageNet has 130000, and a Path for each that is looked at, or a stat, takes its time.
     found = os.listdir(root) if root.is_dir() else []
-    files = sorted(name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    suffixed = (name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    files = sorted(name for name in suffixed if not name.startswith("."))  # hidden ones are the system's own
     if not files:
         raise ValueError(f"no image files in {root}")
     return [root / name for name in files]
@@ -41,11 +47,16 @@ def read_images(files: list[Path], image_size: int = 0) -> Tensor:
 
 def open_image(path: Path) -> Image.Image:
     """An upright RGB image. Raises ValueError when Pillow cannot read it."""
+    if not Path(path).exists():
+        raise ValueError(f"no image {path}")
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise ValueError(f"no image {path}") from None
+        Image.init()
+        with Image.open(regular(path), formats=[name for name in Image.ID if name not in OTHER_PROGRAMS]) as opened:
+            opened.load()
+            try:
+                image = ImageOps.exif_transpose(opened)
+            except Exception:  # notes in the file that cannot be read leave the picture as it is stored
+                image = opened.copy()
     except PermissionError:
         raise
     except Image.DecompressionBombError:
@@ -62,6 +73,14 @@ def open_image(path: Path) -> Image.Image:
     if image.mode == "P":  # straight to RGB, Pillow warns about a transparent palette
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def trimmed(image: Image.Image) -> Image.Image:
+    """The middle of a strip, LONGEST times as long as it is wide: to scale all of it would take gigabytes."""
+    shorter = min(image.size)
+    width, height = (min(side, LONGEST * shorter) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:

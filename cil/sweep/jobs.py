@@ -34,9 +34,9 @@ class Job:
 
 def parse_seeds(text: str) -> list[int]:
     """'0,1,2' -> [0, 1, 2]. Raises ValueError for what is no seed, and for one that is given twice."""
-    seeds = [int(word) if word.strip().isdecimal() else -1 for word in text.split(",")]
+    seeds = [int(word) if word.strip().isdecimal() and len(word) < 19 else -1 for word in text.split(",")]
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text} is no list of different whole numbers from 0, like 0,1,2")
+        raise ValueError(f"--seeds {text[:60]} is no list of different whole numbers from 0, like 0,1,2")
     return seeds
 
 

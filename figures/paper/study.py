@@ -86,7 +86,47 @@ def load(folder: str | Path) -> dict[str, pd.DataFrame]:
     if not (Path(folder) / "runs.csv").is_file():
         raise ValueError(f"{folder} holds no runs.csv, so it is no folder of a study's tables")
     study = Study(folder)
-    return {file: study.read(file) for file in STUDY}
+    tables = {file: study.read(file) for file in STUDY}
+    _check_together(tables, Path(folder))
+    return tables
+
+
+def _check_together(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Raises ValueError, naming the file, for rows of runs that runs.csv lacks and of tasks that they have not, for settings
+    that are none, and for pictures and maps of another size than theirs."""
+    runs = tables["runs.csv"].set_index("run")
+    for file, frame in tables.items():
+        if "run" not in frame or file == "runs.csv":
+            continue
+        strangers = sorted(set(frame["run"]) - set(runs.index))
+        if strangers:
+            raise ValueError(f"{folder / file} holds the run {strangers[0]}, which {folder / 'runs.csv'} lacks")
+        if "task" in frame and len(frame):
+            most = frame.groupby("run")["task"].max()
+            odd = most[most >= 10**6]
+            if len(odd):
+                raise ValueError(f"{folder / file} holds task {odd.iloc[0]} of {odd.index[0]}, and no run has so many")
+    for name, text in runs["settings"].items():
+        try:
+            settings = json.loads(text)
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise ValueError(f"{folder / 'runs.csv'}: the settings of {name} are no JSON object")
+    examples = tables["examples.parquet"]
+    for row in examples.itertuples():
+        if len(row.rgb) != row.rows * row.columns * 3:
+            raise ValueError(
+                f"{folder / 'examples.parquet'}: {row.image} is no picture of {row.rows} x {row.columns} pixels"
+            )
+    attention = tables["attention.parquet"]
+    wrong = attention["weights"].map(len) != attention["grid_rows"] * attention["grid_columns"]
+    if len(attention) and wrong.any():
+        row = attention[wrong].iloc[0]
+        raise ValueError(
+            f"{folder / 'attention.parquet'}: the map of {row['run']}, task {row['task']}, is not of "
+            f"{row['grid_rows']} x {row['grid_columns']} patches"
+        )
 
 
 def accuracy(directory: RunDir, sizes: Sizes, data_dir: str, device: str) -> tuple[Frames, dict[str, object]]:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
+import sys
 from collections.abc import Iterator
 
 import click
 
 from locality_probe.typed import Typed
+
+
+def open_streams() -> None:
+    """Give standard streams that are closed somewhere to go: else the next file that is opened gets what is written to them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 class OneSentence(click.Command):

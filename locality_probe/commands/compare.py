@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from locality_probe.commands import options
@@ -31,8 +33,9 @@ def compare_command(first, second, more, images, n, seed, tasks, data_dir, out, 
     """
     pairs = [(first, second), *more]
     paths = [path for pair in pairs for path in pair]
-    if len(set(paths)) < len(paths):
-        raise Typed(f"{max(paths, key=paths.count)} is given twice: compare different runs")
+    real = [os.path.realpath(path) for path in paths]
+    if len(set(real)) < len(real):
+        raise Typed(f"{paths[real.index(max(real, key=real.count))]} is given twice: compare different runs")
     options.check_places(paths)
     if out:
         options.check_folder(out)

@@ -35,9 +35,7 @@ def newest_run(root: Path = Path("runs")) -> Path | None:
               "[default: the first of task, run, head, layer that varies]")  # fmt: skip
 @click.option("--scale", type=click.Choice(["shared", "each", "uniform"]), default="shared", show_default=True,
               help="Colour range: of all panels, of each, or the ratio to uniform attention.")  # fmt: skip
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]"
-)
+@click.option("-o", "--out", type=options.Filled(Path), help=".png, .svg or .pdf.  [default: IMAGE_heatmap.png here]")
 @options.threads
 @options.device()
 def heatmap_command(
@@ -56,6 +54,9 @@ def heatmap_command(
         raise ValueError(f"no image {image}")
     out = out or Path(f"{image.stem}_heatmap.png")
     options.check_folder(out.parent)
+    for written in (out, out.with_suffix(".npz")):
+        if written.exists() and written.samefile(image):
+            raise Typed(f"--out {out} would overwrite {image}: choose another name")
     if not (ckpts or model):
         ckpts = [str(newest) for newest in [newest_run()] if newest]
     if not (ckpts or model):

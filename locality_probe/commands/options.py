@@ -14,13 +14,28 @@ from locality_probe.typed import Typed, check_place, parse_grid, split_model, ty
 Option = Callable[[Callable], Callable]  # decorates a command's function
 
 
+class Filled(click.ParamType):
+    """Text, or a path, that is not empty: an empty one is a variable that was not set, and means the current folder to some."""
+
+    name = "text"
+
+    def __init__(self, kind: type = str):
+        self.kind, self.name = kind, "path" if kind is Path else "text"
+
+    def convert(self, value: object, param: click.Parameter | None, context: click.Context | None) -> object:
+        if not str(value).strip(", "):
+            self.fail(f"{value!r} is empty: leave the option away, or give it a value", param, context)
+        return self.kind(value)
+
+
 def device(default: str = "auto") -> Option:
     return click.option(
         "--device", default=default, show_default=True, help="cpu, cuda, ...; auto: cuda where it is."
     )  # fmt: skip
 
 
-threads = click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
+MOST_THREADS = 1024
+threads = click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: torch's]")
 settings = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable."
 )
@@ -29,7 +44,7 @@ seed = click.option(
 )  # fmt: skip
 tasks = click.option("--task", "tasks", type=int, multiple=True, help="Only this task of runs; repeatable.")
 weights = click.option(
-    "--weights", type=click.Path(path_type=Path), help="Weights of the model (.safetensors or .pth)."
+    "--weights", type=Filled(Path), help="Weights of the model (.safetensors or .pth)."
 )  # fmt: skip
 pretrained = click.option("--pretrained", is_flag=True, help="Fetch the weights of the model from its hub.")
 image_size = click.option(
@@ -63,12 +78,15 @@ model = click.option(
 
 
 def data(default: str) -> Option:
-    return click.option("--data", "data_dir", help=f"Where cifar100 or imagenet100 lies.  [default: {default}]")
+    return click.option(
+        "--data", "data_dir", type=Filled(), help=f"Where cifar100 or imagenet100 lies.  [default: {default}]"
+    )
 
 
 def images(default: str) -> Option:
     return click.option(
         "--images",
+        type=Filled(),
         help="Folder, .npy or .npz of normalised floats [n, 3, H, W], digits, cifar100, imagenet100, folder:PATH, or photos "
         f"(two).  [default: {default}]",
     )
@@ -80,9 +98,7 @@ def n(default: str, least: int = 1) -> Option:
 
 def out(what: str, default: Path | None = None) -> Option:
     """`what`: the help, with its default where that depends on other options."""
-    return click.option(
-        "--out", type=click.Path(path_type=Path), default=default, show_default=default is not None, help=what
-    )
+    return click.option("--out", type=Filled(Path), default=default, show_default=default is not None, help=what)
 
 
 def as_json(what: str) -> Option:
@@ -93,7 +109,8 @@ def placement(command: Callable) -> Callable:
     """Where trainings run: --executor, --workers, --threads, --slurm."""
     for option in (
         click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="For sbatch, like partition=gpu; repeatable."),
-        click.option("--threads", type=int, help="CPU threads of each.  [default: 1; on GPUs the cores, shared out]"),
+        click.option("--threads", type=click.IntRange(1, MOST_THREADS),
+                     help="CPU threads of each.  [default: 1; on GPUs the cores, shared out]"),
         click.option("--workers", type=int, help="Trainings at once.  [default: one per GPU, else per core; all on Slurm]"),
         click.option("--executor", default="local", show_default=True, help="local: this machine; slurm: a cluster."),
     ):  # fmt: skip
@@ -108,10 +125,14 @@ def compute_on(device: str, threads: int | None = None) -> str:
     """The device by its name, and torch set to so many CPU threads. Raises Typed for a device that is not here."""
     import torch
 
-    from cil.device import resolve
+    from cil.device import cores, resolve
 
     if threads:
-        torch.set_num_threads(threads)
+        if threads > (there := cores()):
+            warn(
+                f"--threads {threads}: this machine has {there} cores, and more threads make it slower; {there} are used"
+            )
+        torch.set_num_threads(min(threads, there))
     return typed(resolve, device)
 
 
@@ -131,7 +152,14 @@ def check_runs(paths: Iterable[str]) -> None:
 
 def check_folder(path: Path) -> None:
     """Raises Typed where no folder `path` can be: ask before long work."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    except OSError as error:
+        raise Typed(
+            f"{path} is no folder that can be made: {(error.strerror or 'it cannot be looked at').lower()}"
+        ) from None
+    if there.is_symlink() and not there.exists():
+        raise Typed(f"{there} is a link that leads nowhere, where --out needs a folder")
     if not there.is_dir():
         raise Typed(f"{there} is a file, where --out needs a folder")
     if not os.access(there, os.W_OK):

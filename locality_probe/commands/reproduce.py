@@ -15,7 +15,10 @@ from locality_probe.typed import typed
 @click.option("--scale", default="demo", show_default=True, help="demo: digits, minutes | learned: ten classes of "
               "CIFAR-100, hours on 2 cores | small: CIFAR-100 cut to hours | paper: the protocol, for GPUs")  # fmt: skip
 @click.option(
-    "--only", metavar="NAME,...", help="Only these: fig1 to fig9, gap, steps, curves, table1, table2, claims, report."
+    "--only",
+    type=options.Filled(),
+    metavar="NAME,...",
+    help="Only these: fig1 to fig9, gap, steps, curves, table1, table2, claims, report.",
 )
 @options.out("Folder.  [default: runs/reproduce-SCALE]")
 @options.data("data")

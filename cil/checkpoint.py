@@ -338,7 +338,7 @@ def check_tensor(name: str, tensor: Tensor, wanted: Tensor, source: Path) -> Non
         }
         kind = next((name for name, so in odd.items() if so), str(tensor.dtype)).removeprefix("torch.")
         raise ValueError(f"{source} holds {name} as {kind}: save it as float32, float16 or bfloat16")
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    if tensor.is_floating_point() and not tensor.to(wanted.dtype).isfinite().all():
         raise ValueError(f"{source} holds NaN or infinite values in {name}")
 
 

@@ -43,6 +43,7 @@ HARMLESS: list = [
     pathlib.Path, pathlib.PurePath, np.dtype, np.ndarray, np.float64(0).__reduce__()[0],  # what makes a number of numpy
     *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
 ]  # fmt: skip
+DEEPEST = 8  # dicts in dicts: one that holds itself has no end
 # Where a checkpoint has its weights, the most wanted first: averages (as DINO's and timm's evaluation take them), then states.
 CONTAINERS = (
     "teacher", "model_ema", "state_dict_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model_state",
@@ -148,7 +149,7 @@ def open_pth(path: Path) -> tuple[dict[str, Tensor], str]:
     except Exception:  # torch raises a different class for each way in which a file is torn
         raise ValueError(f"{path} is truncated or no .pth file") from None
     where: list[str] = []
-    while isinstance(content, dict) and not _is_state(content):
+    while isinstance(content, dict) and not _is_state(content) and len(where) < DEEPEST:
         key = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
         if key is None:
             break

@@ -72,6 +72,8 @@ def preprocessing(folder: Path, config: Any) -> Preprocessing:
             isinstance(v, (int, float)) and math.isfinite(v) for v in values
         ):
             raise ValueError(f"{file or folder} has an {name} of {values}: three numbers are wanted")
+    if min(std) <= 0:
+        raise ValueError(f"{file or folder} has an image_std of {std}: numbers above 0 are wanted")
     return Preprocessing(cut, tuple(m / scale for m in mean), tuple(s / scale for s in std), tuple(notes))
 
 
@@ -84,7 +86,7 @@ def _settings(folder: Path) -> tuple[dict[str, Any], Path | None]:
         if not isinstance(found, dict):
             raise ValueError(f"{file} holds no settings of an image processor")
         found = found.get("image_processor", found)
-        if isinstance(found, dict) and ({"size", "image_mean", "do_normalize", "do_resize"} & set(found)):
+        if isinstance(found, dict) and ({"size", "image_mean", "image_std", "do_normalize", "do_resize"} & set(found)):
             return found, file
     return {}, None
 

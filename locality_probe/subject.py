@@ -274,7 +274,7 @@ def fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
     """Returns make(). Raises ValueError, in one sentence, for a model that cannot be fetched or read."""
     try:
         return make()
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # each library has classes of its own for what is wrong with a model's files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = "its weights cannot be fetched from here" if "urlopen" in reason else reason
         raise ValueError(f"{name} cannot be made: {reason}") from None

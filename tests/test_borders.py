@@ -126,6 +126,7 @@ def test_arrays_that_unpack_to_gigabytes(runs):
         (lambda w: w.to(torch.complex64), "as complex64"),
         (lambda w: w.to("meta"), "as meta"),
         (lambda w: w[:1].expand(10**9, *w.shape[1:]), "tensors claim"),
+        (lambda w: w.double() + 1e300, "NaN or infinite"),
     ],
 )
 def test_weights_of_kinds_that_no_network_computes_with(runs, change, words):
@@ -137,6 +138,13 @@ def test_weights_of_kinds_that_no_network_computes_with(runs, change, words):
     np.save("x.npy", np.zeros((2, 3, 8, 8), np.float32))
     result = invoke("measure", "w.pth", "--images", "x.npy")
     assert result.exit_code == 1 and words in flat(result.stderr) and "w.pth" in result.stderr
+
+
+def test_a_checkpoint_that_holds_itself():
+    content: dict = {}
+    content["model"] = content
+    torch.save(content, "w.pth")
+    refused("measure", "w.pth", "--images", "digits", names="w.pth holds no state dict")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ HF: dict[str, dict[str, Any]] = {  # name of the configuration and model in tran
              "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
              "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 9},
     "CLIP": {"vision_config": _IMAGE, "text_config": _TINY | {"num_hidden_layers": 1}},
+    "MllamaVision": {"hidden_size": 48, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 3,
+                     "intermediate_size": 96, "image_size": 32, "patch_size": 8, "max_num_tiles": 4,
+                     "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2]]},
     "Qwen2VLVision": {"depth": 2, "embed_dim": 48, "num_heads": 3, "hidden_size": 64, "mlp_ratio": 2},
     "Siglip2Vision": _TINY | {"num_patches": 16, "patch_size": 16},
     "VideoMAE": _IMAGE | {"num_frames": 4}, "Timesformer": _IMAGE | {"num_frames": 4},
@@ -137,6 +140,9 @@ def _of_transformers(name: str, settings: dict[str, Any]) -> tuple[nn.Module, tu
     if name == "Siglip2Vision":  # patches, and how many rows and columns each image has of them
         named = {"pixel_values": torch.randn(BATCH, 16, 768), "pixel_attention_mask": torch.ones(BATCH, 16).long()}
         return model, (), named | {"spatial_shapes": torch.full((BATCH, 2), 4)}
+    if name == "MllamaVision":  # tiles of an image: [B, images, tiles, 3, H, W]
+        named = {"aspect_ratio_ids": torch.full((BATCH, 1), 4), "aspect_ratio_mask": torch.ones(BATCH, 1, 4).long()}
+        return model, (torch.randn(BATCH, 1, 4, 3, 32, 32),), named
     if name in VIDEOS:
         return model, (torch.randn(BATCH, 4, 3, 64, 64),), named
     size = getattr(config, "image_size", 64)

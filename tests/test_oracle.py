@@ -32,7 +32,7 @@ PREFIX = {
 # No layer of theirs has attention between patches that can be read; docs/support.md says why of each.
 REFUSED = (
     "BAT-ResNeXt", "CaiT", "CoaT", "CoaT-Lite", "EdgeNeXt", "EfficientViT (MIT)", "EfficientViT (MSRA)", "LambdaNet",
-    "MobileViTv2", "SwiftFormer", "ViTMAE", "XCiT",
+    "MllamaVision", "MobileViTv2", "SwiftFormer", "ViTMAE", "XCiT",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,13 +74,15 @@ def room(figure: Figure, texts: Sequence[str]) -> np.ndarray:
     return np.max(boxes, axis=0) if boxes else np.zeros(2)
 
 
-D_LOC = r"$D_\mathrm{loc}$"  # the mathematics in our own labels
+D_LOC, LAMBDA = r"$D_\mathrm{loc}$", r"$\lambda$"
+# The mathematics in our own labels, and in those that matplotlib gives the ticks of logarithmic axes.
+OURS = re.compile("|".join([re.escape(D_LOC), re.escape(LAMBDA), r"\$\\mathdefault\{[^$]*\}\$"]))
 
 
 def literal(figure: Figure) -> None:
-    """Have a $ in any text but D_LOC be a dollar, as in the name of a run."""
+    """Have a $ in any text be a dollar, as in the name of a run, but for OURS."""
     for text in figure.findobj(Text):
-        if isinstance(text, Text) and "$" in text.get_text().replace(D_LOC, ""):
+        if isinstance(text, Text) and "$" in OURS.sub("", text.get_text()):
             text.set_parse_math(False)
 
 

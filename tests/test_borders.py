@@ -39,9 +39,12 @@ def test_no_cell_is_a_formula_and_names_come_back(name):
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
     figure = Figure()
     axes = figure.subplots()
-    axes.set(title="$\\frac", ylabel=style.D_LOC, xlabel="cost$5")
+    axes.set(title="$\\frac", ylabel=f"{style.D_LOC} by {style.LAMBDA}", xlabel="cost$5", xscale="log")
     style.save(figure, tmp_path / "x.png")
+    style.save(figure, tmp_path / "x.svg")  # a second time, when ticks have their labels
     assert [text.get_parse_math() for text in (axes.title, axes.yaxis.label, axes.xaxis.label)] == [False, True, False]
+    ticks = [text for text in axes.get_xticklabels() if "$" in text.get_text()]
+    assert ticks and all(text.get_parse_math() for text in ticks)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from figures import sweeps
+from figures import style, sweeps
 from figures.paper.artifact import NotRun, artifact
 from figures.paper.claims.quantities import percents
 from figures.paper.selection import Tables, depth_sweep, lambda_sweep, scope
@@ -19,7 +19,7 @@ from figures.paper.selection import Tables, depth_sweep, lambda_sweep, scope
 def fig8(tables: Tables):
     """Last, Avg and Fgt of the baseline with LPA, percent, at each lambda_init and seed; the paper's 0.02 is marked."""
     runs = lambda_sweep(scope(tables["runs.csv"]))
-    return _sweep(tables, runs, "lambda_init", r"$\lambda$ at initialisation", marked=0.02, logarithmic=True)
+    return _sweep(tables, runs, "lambda_init", f"{style.LAMBDA} at initialisation", marked=0.02, logarithmic=True)
 
 
 @artifact(

@@ -55,7 +55,7 @@ def prepare(run, batch: int):
 
 def everything(learner: Learner, chosen) -> None:
     train = learner.dataset.train
-    learner.step(train.images[chosen], train.labels[chosen], ("benchmark", 0))
+    learner.step(chosen, train.labels[chosen], ("benchmark", 0))
 
 
 def resident(learner: Learner, x, targets) -> None:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FILL = (124, 116, 104)  # the ImageNet mean
+
 
 def crop(images: Tensor, offset: Tensor, padding: int) -> Tensor:
     """Shift each image, black where nothing was: uint8 [B, C, H, W] to same.
@@ -51,6 +53,12 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         raise ValueError(f"mean and std need {c} numbers each, got {len(mean)} and {len(std)}")
     shift, scale = (_constant(tuple(255 * float(v) for v in values), str(images.device)) for values in (mean, std))
     return images.float().sub_(shift).div_(scale)
+
+
+def make_constants(mean: Sequence[float], std: Sequence[float], device: str) -> None:
+    """Bring what `normalize` and `rand_augment` need to a device before the first step, which then waits for nothing."""
+    for values in ((255 * float(v) for v in mean), (255 * float(v) for v in std), map(float, FILL)):
+        _constant(tuple(values), device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -92,9 +100,7 @@ class Operation(NamedTuple):
     argument: Tensor  # float32 [k], one an image: degrees, a factor, bits, ...
 
 
-def rand_augment(
-    images: Tensor, layers: Sequence[Sequence[Operation]], fill: Sequence[float] = (124, 116, 104)
-) -> Tensor:
+def rand_augment(images: Tensor, layers: Sequence[Sequence[Operation]], fill: Sequence[float] = FILL) -> Tensor:
     """Apply the operations of each layer in turn, an image being in one operation of a layer or in none: uint8 to uint8.
 
     fill: red, green, blue in [0, 255] for ground that a rotation, shear or shift uncovers; default the ImageNet mean.

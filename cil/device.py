@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def resolve(name: str) -> str:
@@ -42,9 +46,79 @@ def processor(device: str) -> str:
     return next(iter(names), platform.processor() or platform.machine())
 
 
-def ieee_float32() -> None:
-    """Have float32 be float32 on CUDA, convolutions included, whose default is TF32 with its 10 bits."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+FILLS = "fill_uninitialized_memory"  # torch would else write NaN into all new memory, which finds bugs and takes time
+
+
+@contextlib.contextmanager
+def repeatable(device: str, matmul: str = "ieee") -> Iterator[None]:
+    """In the body the same work on CUDA gives the same numbers again; on a CPU it does without this.
+
+    Attention comes from the flash and memory-efficient kernels, as cuDNN's are not deterministic. matmul: `ieee`, or `tf32`,
+    whose products have 10 bits. To be entered before anything is computed on CUDA, for cuBLAS reads its workspace once.
+    """
+    tf32 = matmul == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+    fills = getattr(torch.utils.deterministic, FILLS)
+    # An operation that has no deterministic kernel says so once, and is done all the same.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, FILLS, False)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]
+        torch.backends.cuda.enable_cudnn_sdp(before[3])
+        setattr(torch.utils.deterministic, FILLS, fills)
+
+
+ALIGNED = 16  # bytes; where each tensor of a packet begins
+
+
+def send(nested: Any, device: str) -> Any:
+    """Tuples and lists of CPU tensors and other things, with the tensors on a device: by one copy, for which nobody waits.
+
+    All tensors go through one buffer in pinned memory. On the CPU they stay what they are.
+    """
+    if torch.device(device).type == "cpu":
+        return nested
+    tensors = list(_tensors(nested))
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    room = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+    packet = torch.empty(sum(room), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for tensor, size, there in zip(tensors, sizes, packet.split(room), strict=True):
+        there[:size].copy_(tensor.contiguous().flatten().view(torch.uint8))
+    arrived = packet.to(device, non_blocking=True).split(room)
+    parts = zip(tensors, sizes, arrived, strict=True)
+    return _with(nested, (there[:size].view(tensor.dtype).view(tensor.shape) for tensor, size, there in parts))
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    for part in nested if isinstance(nested, tuple | list) else ():
+        yield from _tensors(part)
+
+
+def _with(nested: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same, with the next of `tensors` in the place of each."""
+    if isinstance(nested, Tensor):
+        return next(tensors)
+    if not isinstance(nested, tuple | list):
+        return nested
+    parts = [_with(part, tensors) for part in nested]
+    return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
 
 
 def slow_bf16(amp: str, device: str) -> str:

@@ -8,7 +8,7 @@ process takes its own rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from scipy.special import betaincinv
@@ -22,8 +22,7 @@ from cil.run import Run, randomness
 DropPathCall = tuple[float, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """The random numbers of one step, for the rows of a batch [b]. None or empty: this run draws none."""
 
     crop: Tensor | None  # int64 [2, b], rows and columns (augment.crop)
@@ -31,22 +30,6 @@ class Draws:
     operations: list[list[Operation]]  # of RandAugment, one list per layer
     lam: float | None  # of mixup, the same for the whole batch
     drop_path: list[Tensor]  # float32 [b k, ...] a call: 0 where the row is dropped, else 1 / (1 - p)
-
-    def to(self, device: str) -> Draws:
-        """The same on a device."""
-        if torch.device(device).type == "cpu":
-            return self
-
-        def send(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        layers = [[Operation(o.number, send(o.rows), send(o.argument)) for o in layer] for layer in self.operations]
-        masks = self.drop_path
-        if masks:  # one copy for all calls
-            flat = send(torch.cat([mask.flatten() for mask in masks])).split([mask.numel() for mask in masks])
-            masks = [part.view(mask.shape) for part, mask in zip(flat, masks, strict=True)]
-        crop, flip = (None if drawn is None else send(drawn) for drawn in (self.crop, self.flip))
-        return replace(self, crop=crop, flip=flip, operations=layers, drop_path=masks)
 
 
 def of_epoch(run: Run, task: int, phase: str, epoch: int, n: int) -> tuple[Tensor, Tensor]:

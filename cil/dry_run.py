@@ -111,7 +111,7 @@ def estimate(
 
     Steps of the first and the last phase of each kind are measured, and an image of a phase between costs their mean.
     """
-    watch = watch or Stopwatch()
+    watch, dataset = watch or Stopwatch(), dataset.to(device)
     kinds: dict = {}
     for phase in phases:
         kinds.setdefault((phase.name, phase.task > 0), []).append(phase)
@@ -145,8 +145,13 @@ def seconds_per_image(directory: RunDir, dataset: Dataset, phase: Phase, device:
     indices = torch.cat([new, old[: max(0, phase.images - len(new))]])
     size = min(run.batch_size, len(indices), run.batch_size if device.startswith("cuda") else 32)
     batch = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size]]
-    (x,) = dataset.train.batches([batch], [batch])
-    return watch.fastest(lambda: learner.step(x, dataset.train.labels[batch], ("estimate", 0))) / size
+    (x,) = dataset.train.arrivals([batch], [batch])
+
+    def step() -> None:
+        learner.step(x, dataset.train.labels[batch], ("estimate", 0))
+        learner.sums.cpu()  # waits for the device
+
+    return watch.fastest(step) / size
 
 
 @torch.no_grad()

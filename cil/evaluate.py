@@ -31,8 +31,8 @@ def predict(model: nn.Module, images: ImageSet | FileSet, indices: Tensor, mean,
     batches, predicted = indices.split(batch_size(device)), []
     for x in images.batches(parallel.share(batches)):
         with torch.autocast(torch.device(device).type, PRECISION[amp], enabled=amp != "none"):
-            predicted.append(model(normalize(x.to(device), mean, std)).argmax(1).cpu())
-    return torch.cat(parallel.join(predicted, len(batches)))
+            predicted.append(model(normalize(x.to(device), mean, std)).argmax(1))
+    return torch.cat(parallel.join([labels.cpu() for labels in predicted], len(batches)))
 
 
 def accuracy_rows(

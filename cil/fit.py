@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cil import augment, draws, losses, parallel, resume
 from cil.checkpoint import RunDir
 from cil.data import Dataset
+from cil.device import send
 from cil.draws import Draws
 from cil.methods import METHODS
 from cil.models import Incremental, drop_path_calls
@@ -24,6 +25,7 @@ from cil.schedule import Phase, epoch_batches, learning_rate, plan, steps_before
 from cil.session import Progress, Session
 from cil.tables import TRAINING
 
+READ_EVERY = 50  # steps on a GPU, which loss and accuracy stay on meanwhile; a CPU has nothing to wait for
 SAVE_EVERY = 20.0  # seconds between two states, what a kill costs; more where saving would take 2 % of the time
 
 
@@ -49,24 +51,36 @@ def fit(
     phases = plan(directory, dataset)
     before, total = steps_before(phases, phase), total_steps(phases)
     keeper = Keeper(directory, phase, learner, before)
-    if at == Position():
+    if at == Position() and keeper.wants_checkpoint(0):
         keeper.keep_checkpoint(0)
+    every = 1 if torch.device(session.device).type == "cpu" else READ_EVERY
+    alone = parallel.size() == 1  # otherwise all processes read at the same steps
     session.in_epoch = True
     while at.epoch < phase.epochs:
         epoch, began = at.epoch, time.perf_counter() - at.seconds
         learner.set_learning_rate(learning_rate(run, phase, epoch))
-        for batch, x in rest_of_epoch(run, dataset, phase, at):  # image indices [B]; this process's pixels [b, 3, H, W]
-            loss, hits = learner.step(x, labels[batch], (phase.task, phase.name, epoch, at.step))
+        learner.sums.copy_(at.sums)
+        # Image indices [B], and what of this process's images is sent: their indices or pixels.
+        for batch, x in rest_of_epoch(run, dataset, phase, at):
+            learner.step(x, labels[batch], (phase.task, phase.name, epoch, at.step))
+            at.step += 1
+            taken = at.steps_taken(phase)
+            wanted = keeper.wants_checkpoint(taken)
+            hurry = alone and (session.asked or keeper.is_due)
+            if taken % every and at.step < phase.steps and not (wanted or hurry):
+                continue
+            # Here alone the host waits for the device; nothing is saved that was not looked at.
+            loss, hits, steps = at.read(learner.sums)
             if not math.isfinite(loss):
+                which = f"step {at.step - 1}" if steps == 1 else f"one of steps {at.step - steps} to {at.step - 1}"
                 raise ValueError(
-                    f"the loss is {loss} in task {phase.task}, {phase.name} epoch {epoch}, step {at.step}, at learning rate "
+                    f"the loss is {loss} in task {phase.task}, {phase.name} epoch {epoch}, {which}, at learning rate "
                     f"{learner.learning_rate:.3g}; the last good state: {resume.last_good(directory)}"
                 )
-            at.advance(loss, hits)
-            taken = at.steps_taken(phase)
-            keeper.keep_checkpoint(taken)
+            if wanted:
+                keeper.keep_checkpoint(taken)
             where = phase.task, len(directory.scenario), phase.name, epoch, phase.epochs
-            session.report(Progress(*where, loss, hits, before + taken, total, len(batch)))
+            session.report(Progress(*where, loss, hits, before + taken, total, len(batch) * steps, steps))
             at.seconds = time.perf_counter() - began
             if at.step == phase.steps:
                 keeper.add_epoch(at, phase.steps * len(batch), learner.learning_rate)
@@ -97,12 +111,17 @@ class Position:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Position:
         """The position that a saved state was written at."""
-        return cls(state["epoch"], state["step"], state["sums"], state["seconds"])
+        return cls(**{f.name: state[f.name] for f in fields(cls)})
 
-    def advance(self, loss: float, accuracy: float) -> None:
-        """One step later."""
-        self.step += 1
-        self.sums += torch.tensor([loss, accuracy], dtype=torch.float64)
+    def __post_init__(self) -> None:
+        self.steps_read = self.step  # up to where `sums` go
+
+    def read(self, sums: Tensor) -> tuple[float, float, int]:
+        """Take over the device's `sums`; mean loss and accuracy of the steps since the last reading, and their number."""
+        now, steps = sums.to("cpu", torch.float64, copy=True), self.step - self.steps_read
+        loss, accuracy = ((now - self.sums) / steps).tolist()
+        self.sums, self.steps_read = now, self.step
+        return loss, accuracy, steps
 
     def steps_taken(self, phase: Phase) -> int:
         """Steps of the phase up to here."""
@@ -110,10 +129,10 @@ class Position:
 
 
 def rest_of_epoch(run: Run, dataset: Dataset, phase: Phase, at: Position) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the epoch from `at` on: indices of the whole batch [B], and uint8 [b, 3, H, W] of this process's rows."""
+    """The batches of the epoch from `at` on: indices of the whole batch [B], and what is sent of this process's rows."""
     batches, seeds = (whole[at.step :] for whole in epoch_batches(run, phase, at.epoch))
     rows = [parallel.rows(len(batch)) for batch in batches]
-    images = dataset.train.batches(
+    images = dataset.train.arrivals(
         [batch[r] for batch, r in zip(batches, rows, strict=True)],
         [seed[r] for seed, r in zip(seeds, rows, strict=True)],
     )
@@ -134,11 +153,14 @@ class Keeper:
         self.rows: list[tuple] = []  # of training.csv, of epochs that ended after the last state
         self.last_saved, self.pause = time.monotonic(), SAVE_EVERY
 
+    def wants_checkpoint(self, taken: int) -> bool:
+        """Whether the run asks for the weights after so many steps of the phase (setting `checkpoints`)."""
+        return (taken > 0 or not self.network_before) and self.network_before + taken in self.wanted
+
     def keep_checkpoint(self, taken: int) -> None:
-        """Keep the weights after so many steps of the phase, where the run asks for them (setting `checkpoints`)."""
-        steps = self.network_before + taken
-        if (taken or not self.network_before) and steps in self.wanted and parallel.rank() == 0:
-            self.directory.save_checkpoint(self.phase.task, steps, self.learner.model)
+        """Keep the weights after so many steps of the phase."""
+        if parallel.rank() == 0:
+            self.directory.save_checkpoint(self.phase.task, self.network_before + taken, self.learner.model)
 
     def add_epoch(self, at: Position, images: int, lr: float) -> None:
         """The row of an epoch whose last step was taken; it is written with the next state."""
@@ -161,7 +183,7 @@ class Keeper:
             "model": self.learner.model.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
         }
-        state |= {"task": self.phase.task, "phase": self.phase.name, **vars(at)}
+        state |= {"task": self.phase.task, "phase": self.phase.name} | {f.name: getattr(at, f.name) for f in fields(at)}
         resume.save(self.directory, self.before + at.steps_taken(self.phase), state)
         self.rows, self.last_saved = [], time.monotonic()
         self.pause = max(SAVE_EVERY, 50 * (self.last_saved - began))
@@ -179,6 +201,9 @@ class Learner:
         self.num_old = scenario[task].labels.start if run.training == "incremental" else 0
         self.divergence = METHODS[run.method].divergence
         self.drop_paths = drop_path_calls(model, directory.image_size)
+        precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        augment.make_constants(dataset.mean, dataset.std, str(torch.zeros(0, device=device).device))
+        self.sums = torch.zeros(2, dtype=precise, device=device)  # of loss and accuracy, of the steps taken so far
         groups = param_groups_weight_decay(model, run.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
@@ -190,23 +215,24 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, x: Tensor, y: Tensor, place: tuple) -> tuple[float, float]:
-        """x: this process's images, uint8 [b, 3, H, W]; y: labels of the whole batch [B]; place: names the random draws.
-
-        Returns the loss and the accuracy of the whole batch.
+    def step(self, x: Tensor, y: Tensor, place: tuple) -> None:
+        """x: this process's images, as dataset.train.arrivals gives them; y: labels of the whole batch [B]; place: names the
+        random draws. On a GPU one copy goes there and nothing comes back: loss and accuracy are added to `sums`.
         """
         run = self.run
         distilled = y < self.num_old if run.kd_rows == "old" else None  # None: all
-        teacher = self.teacher if run.kd and (distilled is None or distilled.any()) else None
+        teacher = self.teacher if run.kd and (distilled is None or bool(distilled.any())) else None
         with parallel.batch(len(y)), randomness(run.seed, *place) as generator:
             calls = [(path.p, shape) for path, shape in self.drop_paths]
-            drawn = draws.of_step(run, len(y), calls, generator).to(self.device)
-            x, own = x.to(self.device), parallel.own(y).to(self.device)
+            drawn = draws.of_step(run, len(y), calls, generator)
+            mine = None if distilled is None else parallel.own(distilled).nonzero().squeeze(1)  # rows to distil, of b
+            whole = None if distilled is None else distilled.nonzero().squeeze(1)  # and of B
+            x, own, mine, whole, drawn = send((x, parallel.own(y), mine, whole, drawn), self.device)
+            x = self.dataset.train.pixels(x)
             x, targets = augmented(run, x, own, self.num_classes, self.dataset, drawn)
             for (path, _), kept in zip(self.drop_paths, drawn.drop_path, strict=True):
                 path.kept.append(kept)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
-                mine = parallel.own(distilled) if distilled is not None else None
                 old_logits = teach(teacher, x, mine, self.num_old) if teacher is not None else None
                 features = self.model.forward_features(x)
                 logits = self.model.forward_head(features)
@@ -214,8 +240,7 @@ class Learner:
             # From here on, the whole batch: the loss does not depend on how many processes shared it.
             logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
             old_logits = parallel.gather(old_logits.float()) if old_logits is not None else None
-            distilled = distilled.to(self.device) if distilled is not None else None
-            bce, kd = losses.auto_kd(logits, targets, old_logits, distilled, run.kd_tau)
+            bce, kd = losses.auto_kd(logits, targets, old_logits, whole, run.kd_tau)
             loss = bce + kd
             if div_logits is not None:
                 div_logits = parallel.gather(div_logits.float())
@@ -225,7 +250,7 @@ class Learner:
         parallel.sum_gradients(self.model)
         self.optimizer.step()
         hits = (logits.argmax(1) == targets.argmax(1)).float().mean()
-        return tuple(torch.stack([loss.detach(), hits]).tolist())
+        self.sums += torch.stack([loss.detach(), hits])
 
 
 def augmented(
@@ -244,12 +269,11 @@ def augmented(
 
 @torch.no_grad()
 def teach(teacher: nn.Module, x: Tensor, rows: Tensor | None, num_old: int) -> Tensor:
-    """The teacher's logits [B, num_old]. It sees only `rows` [B], None for all; the others are zero."""
+    """The teacher's logits [B, num_old]. It sees only `rows`, int64 [k], None for all; the others are zero."""
     if rows is None:
         return teacher(x)
     logits = x.new_zeros(len(x), num_old)
-    rows = rows.to(x.device)
-    if rows.any():
+    if len(rows):
         logits[rows] = teacher(x[rows]).float()
     return logits
 

@@ -27,11 +27,11 @@ def auto_kd(
 ) -> tuple[Tensor, Tensor]:
     """Classification and distillation, weighed by rho = C_old / C: ((1 - rho) BCE, rho KD).
 
-    rows: bool [B], which images are distilled; None for all. Without a teacher (old_logits None) or without any such row
+    rows: int64 [k], which images are distilled; None for all. Without a teacher (old_logits None) or without any such row
     in the batch, BCE stays unscaled and KD is 0, as in the released code.
     """
     bce = classification(logits, targets)
-    if old_logits is None or (rows is not None and not rows.any()):
+    if old_logits is None or (rows is not None and not len(rows)):
         return bce, torch.zeros_like(bce)
     rho = old_logits.shape[1] / logits.shape[1]
     if rows is not None:

@@ -23,7 +23,7 @@ def training(name: str, shown: bool = True) -> Iterator[Callable[[Progress], Non
         nonlocal bar, images
         if bar is None:
             look = {"unit": "step", "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
-            bar = tqdm(desc=name, total=p.total, initial=p.done - 1, disable=not shown, **look)
+            bar = tqdm(desc=name, total=p.total, initial=p.done - p.steps, disable=not shown, **look)
         images += p.images
         rate = images / (time.monotonic() - began)
         bar.set_postfix_str(
@@ -31,7 +31,7 @@ def training(name: str, shown: bool = True) -> Iterator[Callable[[Progress], Non
             f"accuracy {p.accuracy:.2f} {rate:.0f} images/s",
             refresh=False,
         )
-        bar.update(1)
+        bar.update(p.steps)
 
     try:
         yield report

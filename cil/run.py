@@ -18,11 +18,12 @@ from cil import augment
 from cil.attention import ATTENTION
 from cil.methods import METHODS
 
-FORMAT = 3  # of run.json
+FORMAT = 4  # of run.json
 # Settings by the format that brought them, and what a run of an earlier format was trained with.
 ADDED: dict[int, dict[str, object]] = {
     2: {"positional_start": "local", "positional_frozen": False, "gate_init": 1.0, "checkpoints": ""},
     3: {"lpa_start": "local"},
+    4: {"matmul": "ieee"},
 }
 
 
@@ -88,6 +89,7 @@ class Run:
     finetune_epochs: int = 20
     finetune_lr: float = 5e-5
     amp: str = "none"  # none | bf16
+    matmul: str = "ieee"  # ieee | tf32: products of float32 on CUDA, tf32 with 10 bits of precision
     eval_amp: str = "none"  # none | bf16 | fp16: precision of predictions
     # Steps that a network has taken, like 0,10,30,100: its weights are kept then, too, and are measured. Changes no number.
     checkpoints: str = ""
@@ -263,6 +265,7 @@ CHOICES = {
     "extra_heads": ("random", "uniform"),
     "global_pool": ("", "token", "avg"),
     "amp": ("none", "bf16"),
+    "matmul": ("ieee", "tf32"),
     "eval_amp": ("none", "bf16", "fp16"),
     "kd_rows": ("old", "all"),
 }
@@ -308,11 +311,14 @@ def _short(value: object) -> str:
 def randomness(seed: int, *where: object) -> Iterator[torch.Generator]:
     """Every random draw of a run happens inside one of these, named for its place: `randomness(seed, task, phase, epoch)`.
 
-    Torch's own generators are seeded for the body and come back as they were. Because a place names its stream, a run
+    Torch's generators of the CPU and of the current GPU are seeded for the body and come back as they were; those of other
+    GPUs, with which a process among several has nothing to do, are not touched. Because a place names its stream, a run
     that goes on after an interruption needs no generator state.
     """
     digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
-    # Not all devices: a process among several has nothing to do with the others' GPUs.
+    stream = int.from_bytes(digest[:8], "big")
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+        torch.default_generator.manual_seed(stream)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(stream)
         yield torch.default_generator

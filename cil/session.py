@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """What `report` gets after every step; `done` and `total` count steps of the whole run."""
+    """What `report` gets: on a CPU after every step, on a GPU after some (cil.fit.READ_EVERY), as it would wait for each.
+
+    `done` and `total` count steps of the whole run; loss and accuracy are means of the steps since the last report.
+    """
 
     task: int
     tasks: int
@@ -22,7 +25,8 @@ class Progress:
     accuracy: float
     done: int
     total: int
-    images: int  # in this step
+    images: int  # in the steps since the last report
+    steps: int = 1  # since the last report
 
 
 Report = Callable[[Progress], None]

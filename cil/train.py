@@ -14,7 +14,7 @@ from torch import Tensor
 from cil import augment, checkpoint, data, draws, parallel
 from cil.checkpoint import RunDir
 from cil.data import Dataset
-from cil.device import ieee_float32
+from cil.device import repeatable
 from cil.evaluate import accuracy_rows, batch_size
 from cil.fit import fit
 from cil.memory import budget_per_class, remember
@@ -32,11 +32,10 @@ def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambd
     Under torchrun (parallel.processes), all processes call this. Raises ValueError for a run that does not fit its data,
     or an `out` that holds something else or that another process trains in.
     """
-    ieee_float32()
     dataset, session = load_dataset(run), Session(device, report)
     directory = parallel.once(checkpoint.create, out, run, dataset, device)
-    dataset = in_class_order(dataset, directory)
-    with session.interruptible(), contextlib.ExitStack() as locked:
+    dataset = in_class_order(dataset, directory).to(device)
+    with repeatable(device, run.matmul), session.interruptible(), contextlib.ExitStack() as locked:
         parallel.once(locked.enter_context, directory.lock())
         finished = directory.tasks
         if finished:
@@ -109,10 +108,11 @@ def herding_features(
     for x, seed in zip(dataset.train.batches(mine, my_seeds if run.herding_crop else None), my_seeds, strict=True):
         if run.herding_crop and run.crop_padding:
             with randomness(run.seed, *place, int(seed[0])) as generator:
-                x = augment.crop(x, draws.crop_offsets(len(x), run.crop_padding, generator), run.crop_padding)
+                offset = draws.crop_offsets(len(x), run.crop_padding, generator)
+                x = augment.crop(x, offset.to(x.device), run.crop_padding)
         x = augment.normalize(x.to(device), dataset.mean, dataset.std)
-        features.append(model.forward_features(x).flatten(1).cpu())
-    return torch.cat(parallel.join(features, len(batches)))
+        features.append(model.forward_features(x).flatten(1))
+    return torch.cat(parallel.join([rows.cpu() for rows in features], len(batches)))
 
 
 def load_dataset(run: Run) -> Dataset:

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import Mixup, auto_augment, create_transform
 from torchvision import transforms
 
-from cil import augment, draws
+from cil import augment, device, draws
 from cil.run import Run
 
 SPEC = "rand-m9-mstd0.5-inc1"
@@ -357,7 +357,7 @@ def rand_augment(images: torch.Tensor, spec: str, g: torch.Generator, *fill: tup
 
 def pipeline(images: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     run = Run(crop_padding=4, rand_augment=SPEC, mixup=0.8)
-    drawn = draws.of_step(run, len(images), [], generator(seed)).to(str(images.device))
+    drawn = device.send(draws.of_step(run, len(images), [], generator(seed)), str(images.device))
     x = augment.flip(augment.crop(images, drawn.crop, 4), drawn.flip)
     x = augment.normalize(augment.rand_augment(x, drawn.operations), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     return augment.mixup(x, torch.arange(len(x), device=x.device), 100, drawn.lam, 0.1)

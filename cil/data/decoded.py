@@ -52,6 +52,16 @@ class FileSet:
         for batch in batches:
             yield torch.cat(list(itertools.islice(decoded, len(batch))))
 
+    def to(self, device: str) -> FileSet:
+        """This set: what is decoded is sent to a device batch by batch."""
+        return self
+
+    arrivals = batches  # what of each batch a training step sends to the device: its pixels
+
+    def pixels(self, arrived: Tensor) -> Tensor:
+        """uint8 [b, 3, H, W] of what `arrivals` gave."""
+        return arrived
+
     def decode(self, places: list[int], seeds: list[int] | None) -> Tensor:
         """Here and now: uint8 [k, 3, H, W] of the images at `places`, as `batches` cuts them."""
         pixels = torch.empty(len(places), 3, *self.image_size, dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -37,6 +38,10 @@ class Dataset:
     def image_size(self) -> tuple[int, int]:
         """(H, W)"""
         return self.train.image_size
+
+    def to(self, device: str) -> Dataset:
+        """The same with resident images on a device; labels stay where they are."""
+        return dataclasses.replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 Crop = Callable[[Image.Image, tuple[int, int]], Image.Image]  # a picture of any size, (H, W) -> a picture of that size

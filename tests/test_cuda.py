@@ -1,0 +1,82 @@
+"""Training on a simulated CUDA device: the CPU's losses, one copy a step, nothing waited for between two readings."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from simulated_cuda import OnCuda, simulated
+
+from cil import device, fit
+from cil.fit import Learner
+from cil.train import train
+
+EVERYTHING = {
+    "num_classes": 4, "rand_augment": "rand-m9-mstd0.5-inc1", "flip": True, "drop_path": 0.3, "crop_padding": 2,
+}  # fmt: skip
+SYSTEMS = {
+    "gpsa and lpa": EVERYTHING,
+    "mhsa": EVERYTHING | {"attention": "mhsa", "n_lpa": 0},
+    "dytox": EVERYTHING | {"method": "dytox", "kd_rows": "all"},
+    "memory of each process": EVERYTHING | {"memory_mode": "per-process:2", "herding_crop": True},
+    "joint": {"num_classes": 4, "training": "joint"},
+    "timm with lpa": {"num_classes": 2, "model": "timm/test_vit", "n_lpa": 1, "drop_path": 0.1, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("changes", SYSTEMS.values(), ids=SYSTEMS)
+def test_training_is_the_cpus_and_waits_for_nothing(changes, toy, tmp_path, monkeypatch):
+    run, steps, step = dataclasses.replace(toy, **changes), [], Learner.step
+    here = train(run, tmp_path / "cpu")
+    with simulated() as cuda:
+
+        def counted(*arguments):
+            before = cuda.copies.total(), cuda.waits.total()
+            step(*arguments)
+            steps.append((cuda.copies.total() - before[0], cuda.waits.total() - before[1]))
+
+        monkeypatch.setattr(Learner, "step", counted)
+        there = train(run, tmp_path / "cuda", "cuda")
+    assert steps and set(steps) == {(1, 0)}
+    np.testing.assert_allclose(there.table("training")["loss"], here.table("training")["loss"], rtol=1e-6)
+    assert there.table("accuracy").equals(here.table("accuracy"))
+
+
+def test_cut_and_resumed_on_cuda_is_the_undisturbed_run(toy, tmp_path, monkeypatch):
+    run = dataclasses.replace(toy, **EVERYTHING)
+    step, left = Learner.step, [3]
+
+    def cut(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    with simulated():
+        whole = train(run, tmp_path / "whole", "cuda")
+        monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)
+        monkeypatch.setattr(Learner, "step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, tmp_path / "cut", "cuda")
+        resumed = train(run, tmp_path / "cut", "cuda")
+    for task in whole.tasks:
+        assert whole.weights_path(task).read_bytes() == resumed.weights_path(task).read_bytes()
+    losses = [d.table("training").drop(columns="seconds") for d in (whole, resumed)]
+    assert losses[0].equals(losses[1])
+
+
+def test_loss_that_is_not_finite_is_refused_before_anything_is_saved(toy, tmp_path):
+    with simulated(), pytest.raises(ValueError, match=r"the loss is (nan|inf) in task 0, fit epoch \d"):
+        train(dataclasses.replace(toy, num_classes=2, lr_first=1e30, warmup_epochs=0), tmp_path / "run", "cuda")
+    assert not list((tmp_path / "run").glob("resume/*")) and not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_send_brings_everything_by_one_copy():
+    parts = (torch.arange(3), [torch.tensor([True, False]), None, torch.empty(0)], 2.5, torch.rand(2, 3))
+    assert device.send(parts, "cpu") is parts
+    with simulated() as cuda:
+        numbers, (flags, nothing, empty), plain, matrix = device.send(parts, "cuda")
+        assert cuda.copies.total() == 1 and not cuda.waits
+        assert all(isinstance(t, OnCuda) for t in (numbers, flags, empty, matrix)) and nothing is None and plain == 2.5
+        for sent, own in ((numbers, parts[0]), (flags, parts[1][0]), (empty, parts[1][2]), (matrix, parts[3])):
+            assert sent.elem.equal(own) and sent.dtype == own.dtype

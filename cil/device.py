@@ -54,13 +54,25 @@ def repeatable(device: str, matmul: str = "ieee") -> Iterator[None]:
     """In the body the same work on CUDA gives the same numbers again; on a CPU it does without this.
 
     Attention comes from the flash and memory-efficient kernels, as cuDNN's are not deterministic. matmul: `ieee`, or `tf32`,
-    whose products have 10 bits. To be entered before anything is computed on CUDA, for cuBLAS reads its workspace once.
+    whose products have 10 bits; after the body they are ieee, for what is measured in the same process. To be entered before
+    anything is computed on CUDA, for cuBLAS reads its workspace once.
     """
-    tf32 = matmul == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if torch.device(device).type != "cuda":
-        yield
-        return
+    _allow_tf32(matmul == "tf32")
+    try:
+        with _deterministic() if torch.device(device).type == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        _allow_tf32(False)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    """In matrix products and in convolutions, where torch allows it by default."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """CUDA's deterministic kernels in the body; afterwards what was asked for before."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = (
         torch.are_deterministic_algorithms_enabled(),

@@ -13,6 +13,7 @@ from cil import checkpoint, text
 from cil.augment import normalize
 from cil.checkpoint import RunDir
 from cil.data import Dataset
+from cil.device import repeatable
 from cil.fit import Learner, freeze, frozen_parts
 from cil.memory import budget_per_class
 from cil.run import Run
@@ -151,7 +152,8 @@ def seconds_per_image(directory: RunDir, dataset: Dataset, phase: Phase, device:
         learner.step(x, dataset.train.labels[batch], ("estimate", 0))
         learner.sums.cpu()  # waits for the device
 
-    return watch.fastest(step) / size
+    with repeatable(device, run.matmul):
+        return watch.fastest(step) / size
 
 
 @torch.no_grad()

@@ -202,8 +202,8 @@ class Learner:
         self.divergence = METHODS[run.method].divergence
         self.drop_paths = drop_path_calls(model, directory.image_size)
         precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        augment.make_constants(dataset.mean, dataset.std, str(torch.zeros(0, device=device).device))
         self.sums = torch.zeros(2, dtype=precise, device=device)  # of loss and accuracy, of the steps taken so far
+        augment.make_constants(dataset.mean, dataset.std, str(self.sums.device))
         groups = param_groups_weight_decay(model, run.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 

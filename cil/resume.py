@@ -27,7 +27,7 @@ def save(directory: RunDir, step: int, state: dict[str, object]) -> None:
     Raises OSError that says that the last state is as it was, when the disk is full, say.
     """
     buffer = io.BytesIO()
-    torch.save(on_cpu(state), buffer)
+    torch.save(state, buffer)
     content = buffer.getvalue()
     folder = directory.resume_folder
     folder.mkdir(exist_ok=True)
@@ -41,15 +41,6 @@ def save(directory: RunDir, step: int, state: dict[str, object]) -> None:
     here = next(n for n, path in enumerate(there) if int(path.stem) == step)
     for other in there[:here] + there[here + 2 :]:  # those of later steps were torn, or this would not be now
         other.unlink()
-
-
-def on_cpu(state: object) -> object:
-    """The same dicts and lists, with tensors on the CPU."""
-    if isinstance(state, dict):
-        return type(state)({key: on_cpu(value) for key, value in state.items()})
-    if isinstance(state, list):
-        return [on_cpu(value) for value in state]
-    return state.cpu() if isinstance(state, torch.Tensor) else state
 
 
 def load(directory: RunDir, task: int) -> dict[str, Any] | None:

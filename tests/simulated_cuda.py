@@ -71,6 +71,11 @@ class OnCuda(torch.Tensor):
             copied._is_param = True
         return memo.setdefault(id(self), copied)
 
+    def __reduce_ex__(self, protocol):
+        """Saved as the tensor that torch.load(map_location="cpu") would give back."""
+        _mode.wait("to the CPU")
+        return self.elem.detach().__reduce_ex__(protocol)
+
     def cpu(self):
         return _Down.apply(self)
 

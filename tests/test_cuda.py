@@ -80,3 +80,14 @@ def test_send_brings_everything_by_one_copy():
         assert all(isinstance(t, OnCuda) for t in (numbers, flags, empty, matrix)) and nothing is None and plain == 2.5
         for sent, own in ((numbers, parts[0]), (flags, parts[1][0]), (empty, parts[1][2]), (matrix, parts[3])):
             assert sent.elem.equal(own) and sent.dtype == own.dtype
+
+
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+def test_precision_of_training_does_not_outlast_it(matmul):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    with pytest.raises(RuntimeError), device.repeatable("cuda", matmul):
+        assert [b.allow_tf32 for b in backends] == [
+            matmul == "tf32"
+        ] * 2 and torch.are_deterministic_algorithms_enabled()
+        raise RuntimeError
+    assert not any(b.allow_tf32 for b in backends) and not torch.are_deterministic_algorithms_enabled()

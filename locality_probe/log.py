@@ -14,7 +14,7 @@ from locality_probe.tables import HISTORY
 class LocalityLog:
     """D_loc of each layer while a model trains, for any loop: `log(model, epoch)` after each epoch.
 
-        log = LocalityLog("locality.csv", images)          # a fixed batch [B, 3, H, W], as the model takes it
+        log = LocalityLog("locality.csv", images)          # a fixed batch [B, 3, H, W], as the model takes it; on any device
         for epoch in range(epochs):
             train(...)
             log(model, epoch)
@@ -40,9 +40,10 @@ class LocalityLog:
 
     def __call__(self, model: nn.Module, epoch: int) -> pd.DataFrame:
         """Measure, write, and return the rows of this epoch."""
+        device = next((p.device for p in model.parameters()), self.images.device)
         with Probe(model, self.grid, self.num_prefix_tokens, ("d_loc", "prefix_mass")) as probe:
             for batch in self.images.split(self.batch_size):
-                probe.update(batch)
+                probe.update(batch.to(device))
         measurement = probe.result()
         heads = measurement.table().groupby("layer", as_index=False)
         rows = heads[["d_loc", "d_uniform", "d_ratio", "prefix_mass"]].mean()

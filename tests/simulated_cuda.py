@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = str(Path(__file__).parents[1])
@@ -249,7 +249,17 @@ def _to(self, *args, **kwargs):
         args[0] = CUDA
     if "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "cuda":
         kwargs["device"] = CUDA
+    if CUDA in (*args[:1], kwargs.get("device")) and _mode not in _get_current_dispatch_mode_stack():
+        return _unwatched(self, *args, **kwargs)
     return _of_tensor(self, *args, **kwargs)
+
+
+def _unwatched(self, *args, non_blocking=False, **kwargs):
+    """Tensor.to cuda:0 where all modes are switched off, this one too."""
+    args = [torch.device("cpu") if a == CUDA else a for a in args]
+    kwargs |= {"device": torch.device("cpu")} if kwargs.get("device") == CUDA else {}
+    _mode.copy(non_blocking)
+    return OnCuda(_of_tensor(self, *args, **kwargs))
 
 
 def _made_there(function):

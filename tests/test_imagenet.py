@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pictures import WNIDS, imagenet_like, picture
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
@@ -24,30 +25,13 @@ from locality_probe.plan import make_plan
 from locality_probe.survey import survey
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
-WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475", "n01496331"]
-
-
-def picture(path, random):
-    """A JPEG of 60 to 90 pixels a side with something on it at every scale."""
-    w, h = random.integers(60, 91, 2)
-    image = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "JPEG", quality=95)
-
-
-def make(root, per_class):
-    random = np.random.default_rng(0)
-    for split, n in per_class.items():
-        for wnid in reversed(WNIDS):  # so that nothing is in order by chance
-            for i in reversed(range(n)):
-                picture(root / split / wnid / f"{wnid}_{i}.JPEG", random)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """6 classes, 7 training images and 2 test images each. Tests read it."""
     root = tmp_path_factory.mktemp("imagenet")
-    make(root, {"train": 7, "val": 2})
+    imagenet_like(root, {"train": 7, "val": 2})
     (root / "train" / WNIDS[0] / "notes.txt").write_text("no image")
     (root / "train" / "a_folder_of_mine").mkdir()
     return root
@@ -205,7 +189,7 @@ def test_a_torn_file_is_named(found, tmp_path, workers):
     ],
 )
 def test_what_is_missing_is_named(tmp_path, spoil, names):
-    make(tmp_path, {"train": 1, "val": 1})
+    imagenet_like(tmp_path, {"train": 1, "val": 1})
     spoil(tmp_path)
     with pytest.raises(ValueError, match=names) as caught:
         data.load("imagenet100", tmp_path)

@@ -37,16 +37,19 @@ def images(per_class: int) -> Dataset:
     return Dataset(whole, whole, [str(c) for c in range(100)], CIFAR100_MEAN, CIFAR100_STD)
 
 
-def prepare(run, batch: int):
+def prepare(run, batch: int, device: str = "cpu"):
     """A learner in the main phase of a later task, and batches of that phase in which old images have their share."""
     dataset = images(run.images_per_class or 500)
     directory = checkpoint.describe("run", run, dataset)
-    dataset = in_class_order(dataset, directory)
+    dataset = in_class_order(dataset, directory).to(device)
     phase = next(p for p in plan(directory, dataset) if (p.name, p.task) == ("fit", TASK))
-    model, teacher = directory.grown_model(TASK), directory.grown_model(TASK - 1).eval()
+    model, teacher = (
+        directory.grown_model(TASK).to(device),
+        directory.grown_model(TASK - 1).eval().to(device).requires_grad_(False),
+    )
     freeze(model, frozen_parts(directory, phase))
-    learner = Learner(directory, dataset, model, teacher, TASK, "cpu")
-    bare = Learner(directory, dataset, copy.deepcopy(model), None, TASK, "cpu")
+    learner = Learner(directory, dataset, model, teacher, TASK, device)
+    bare = Learner(directory, dataset, copy.deepcopy(model), None, TASK, device)
     new = directory.scenario[TASK].select(dataset.train.labels)
     old = directory.scenario[:TASK].select(dataset.train.labels)
     order = torch.cat([new, old[torch.randperm(len(old))[: phase.images - len(new)]]])

@@ -189,6 +189,19 @@ class Keeper:
         self.pause = max(SAVE_EVERY, 50 * (self.last_saved - began))
 
 
+class Outputs(nn.Module):
+    """What a step computes with the network: images [b, 3, H, W] -> its logits [b, C] and those of its divergence head."""
+
+    def __init__(self, model: Incremental):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features = self.model.forward_features(x)
+        logits = self.model.forward_head(features)
+        return (logits,) if self.model.div_head is None else (logits, self.model.div_head(features[:, -1]))
+
+
 class Learner:
     """One optimiser step after another on one task, `step` being all that happens to a batch."""
 
@@ -197,6 +210,7 @@ class Learner:
     ):
         run, scenario = directory.run, directory.scenario
         self.run, self.dataset, self.model, self.teacher, self.device = run, dataset, model, teacher, device
+        self.outputs = Outputs(model)
         self.num_classes = len(scenario[: task + 1].labels)
         self.num_old = scenario[task].labels.start if run.training == "incremental" else 0
         self.divergence = METHODS[run.method].divergence
@@ -234,17 +248,15 @@ class Learner:
                 path.kept.append(kept)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
                 old_logits = teach(teacher, x, mine, self.num_old) if teacher is not None else None
-                features = self.model.forward_features(x)
-                logits = self.model.forward_head(features)
-                div_logits = self.model.div_head(features[:, -1]) if self.model.div_head is not None else None
+                logits, *div_logits = self.outputs(x)
             # From here on, the whole batch: the loss does not depend on how many processes shared it.
             logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
             old_logits = parallel.gather(old_logits.float()) if old_logits is not None else None
             bce, kd = losses.auto_kd(logits, targets, old_logits, whole, run.kd_tau)
             loss = bce + kd
-            if div_logits is not None:
-                div_logits = parallel.gather(div_logits.float())
-                loss = loss + self.divergence * losses.divergence(div_logits, targets, self.num_old)
+            for of_head in div_logits:
+                seen = parallel.gather(of_head.float())
+                loss = loss + self.divergence * losses.divergence(seen, targets, self.num_old)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         parallel.sum_gradients(self.model)

@@ -68,7 +68,7 @@ def _constant(values: tuple[float, ...], device: str) -> Tensor:
 
 
 def mixup(
-    images: Tensor, labels: Tensor, num_classes: int, lam: float | None, smoothing: float
+    images: Tensor, labels: Tensor, num_classes: int, lam: float | Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Blend the batch with itself in reverse order: `lam` of an image and 1 - lam of its partner; None blends nothing.
 
@@ -82,7 +82,8 @@ def mixup(
         raise TypeError(f"images must be floating point, got {images.dtype}")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{len(images)} images need that many labels, got {tuple(labels.shape)}")
-    if not ((lam is None or 0 <= lam <= 1) and 0 <= smoothing < 1):
+    # A tensor on a GPU is not looked at: the host would wait for it.
+    if not ((lam is None or isinstance(lam, Tensor) or 0 <= lam <= 1) and 0 <= smoothing < 1):
         raise ValueError(f"lam must be in [0, 1] or None, and smoothing in [0, 1), got {lam} and {smoothing}")
     off = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, device=labels.device)
@@ -92,15 +93,15 @@ def mixup(
     return torch.lerp(images.flip(0), images, lam), torch.lerp(targets.flip(0), targets, lam)
 
 
-class Operation(NamedTuple):
-    """One RandAugment operation on some images of a batch."""
+class Operations(NamedTuple):
+    """What RandAugment does to n images, layer after layer; an operation has k places, and not all need be taken."""
 
-    number: int  # its place in APPLY
-    rows: Tensor  # int64 [k], the images
-    argument: Tensor  # float32 [k], one an image: degrees, a factor, bits, ...
+    rows: Tensor  # int64 [layers, 15, k], the image in each place of each of APPLY's operations; anyone where none is
+    argument: Tensor  # float32 [layers, 15, k], what the operation is given: degrees, a factor, bits, ...
+    source: Tensor  # int64 [layers, n], an image's place after the layer: i as it was, or n + operation * k + place
 
 
-def rand_augment(images: Tensor, layers: Sequence[Sequence[Operation]], fill: Sequence[float] = FILL) -> Tensor:
+def rand_augment(images: Tensor, operations: Operations, fill: Sequence[float] = FILL) -> Tensor:
     """Apply the operations of each layer in turn, an image being in one operation of a layer or in none: uint8 to uint8.
 
     fill: red, green, blue in [0, 255] for ground that a rotation, shear or shift uncovers; default the ImageNet mean.
@@ -111,11 +112,9 @@ def rand_augment(images: Tensor, layers: Sequence[Sequence[Operation]], fill: Se
     if c != 3 or len(fill) != 3:
         raise ValueError(f"images and fill need 3 channels, got {c} and {len(fill)}")
     ground = _constant(tuple(map(float, fill)), str(images.device)).flatten()
-    applies = list(APPLY.values())
-    images = images.clone()
-    for layer in layers:
-        for operation in layer:
-            images[operation.rows] = applies[operation.number](images[operation.rows], operation.argument, ground)
+    for rows, argument, source in zip(*operations, strict=True):
+        changed = [apply(images[r], a, ground) for apply, r, a in zip(APPLY.values(), rows, argument, strict=True)]
+        images = torch.cat([images, *changed]).index_select(0, source)
     return images
 
 
@@ -235,7 +234,7 @@ def _color(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
 
 def _contrast(images: Tensor, factor: Tensor, ground: Tensor) -> Tensor:
     grey = _grey(images)
-    pixels = grey[0].numel()
+    pixels = grey.shape[2] * grey.shape[3]
     mean = (2 * grey.sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)  # rounded half up
     return _blend(mean, images, factor)
 

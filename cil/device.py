@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,7 @@ def _deterministic() -> Iterator[None]:
         torch.backends.cuda.cudnn_sdp_enabled(),
     )
     fills = getattr(torch.utils.deterministic, FILLS)
-    # An operation that has no deterministic kernel says so once, and is done all the same.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention's gradients would not be deterministic
     setattr(torch.utils.deterministic, FILLS, False)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -95,25 +95,57 @@ def _deterministic() -> Iterator[None]:
         setattr(torch.utils.deterministic, FILLS, fills)
 
 
+def excuse(error: RuntimeError) -> None:
+    """Let what has no deterministic kernel be done by another from now on, with a warning. Raises what is another error."""
+    if "deterministic" not in str(error):
+        raise error
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.warn(f"two runs on this device will differ by rounding: {str(error).split('.')[0]}", stacklevel=2)
+
+
 ALIGNED = 16  # bytes; where each tensor of a packet begins
 
 
 def send(nested: Any, device: str) -> Any:
     """Tuples and lists of CPU tensors and other things, with the tensors on a device: by one copy, for which nobody waits.
 
-    All tensors go through one buffer in pinned memory. On the CPU they stay what they are.
+    On the CPU they stay what they are.
     """
     if torch.device(device).type == "cpu":
         return nested
+    return unpack(nested, pack(nested).to(device, non_blocking=True))
+
+
+def pack(nested: Any) -> Tensor:
+    """The bytes of all CPU tensors in tuples and lists, in one buffer in pinned memory: uint8."""
     tensors = list(_tensors(nested))
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    room = [-(-size // ALIGNED) * ALIGNED for size in sizes]
-    packet = torch.empty(sum(room), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    for tensor, size, there in zip(tensors, sizes, packet.split(room), strict=True):
-        there[:size].copy_(tensor.contiguous().flatten().view(torch.uint8))
-    arrived = packet.to(device, non_blocking=True).split(room)
-    parts = zip(tensors, sizes, arrived, strict=True)
-    return _with(nested, (there[:size].view(tensor.dtype).view(tensor.shape) for tensor, size, there in parts))
+    packet = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for tensor, there in zip(tensors, packet.split([_room(t) for t in tensors]), strict=True):
+        there[: _size(tensor)].copy_(tensor.contiguous().flatten().view(torch.uint8))
+    return packet
+
+
+def unpack(nested: Any, packet: Tensor) -> Any:
+    """`nested`, as it was packed, with views of the packet in the places of its tensors."""
+    tensors = list(_tensors(nested))
+    parts = zip(tensors, packet.split([_room(tensor) for tensor in tensors]), strict=True)
+    return _with(nested, (there[: _size(t)].view(t.dtype).view(t.shape) for t, there in parts))
+
+
+def layout(nested: Any) -> Any:
+    """What makes two packets alike but for the numbers in their tensors: shapes, types, and everything else; to be a key."""
+    if isinstance(nested, Tensor):
+        return nested.shape, nested.dtype
+    return tuple(map(layout, nested)) if isinstance(nested, tuple | list) else nested
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes of a packet, of which the next tensor begins at a whole ALIGNED."""
+    return -(-_size(tensor) // ALIGNED) * ALIGNED
 
 
 def _tensors(nested: Any) -> Iterator[Tensor]:

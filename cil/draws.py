@@ -15,7 +15,7 @@ from scipy.special import betaincinv
 from torch import Generator, Tensor
 
 from cil import augment, parallel
-from cil.augment import Operation, RandAugment
+from cil.augment import Operations, RandAugment
 from cil.run import Run, randomness
 
 # One call of stochastic depth in a forward pass: the probability of dropping, and the shape of what is drawn for an image.
@@ -27,8 +27,8 @@ class Draws(NamedTuple):
 
     crop: Tensor | None  # int64 [2, b], rows and columns (augment.crop)
     flip: Tensor | None  # bool [b]
-    operations: list[list[Operation]]  # of RandAugment, one list per layer
-    lam: float | None  # of mixup, the same for the whole batch
+    operations: Operations | None  # of RandAugment
+    lam: float | Tensor | None  # of mixup, the same for the whole batch
     drop_path: list[Tensor]  # float32 [b k, ...] a call: 0 where the row is dropped, else 1 / (1 - p)
 
 
@@ -39,12 +39,15 @@ def of_epoch(run: Run, task: int, phase: str, epoch: int, n: int) -> tuple[Tenso
         return order, torch.randint(2**62, (n,), generator=generator)
 
 
-def of_step(run: Run, n: int, drop_path: Sequence[DropPathCall], generator: Generator) -> Draws:
-    """What a step on a batch of n images draws; inside parallel.batch, the rows of this process."""
+def of_step(run: Run, n: int, drop_path: Sequence[DropPathCall], generator: Generator, multiple: int = 1) -> Draws:
+    """What a step on a batch of n images draws; inside parallel.batch, the rows of this process.
+
+    multiple: operations have places for so many images, or a multiple.
+    """
     return Draws(
         crop=parallel.own(crop_offsets(n, run.crop_padding, generator), dim=1) if run.crop_padding else None,
         flip=parallel.own(flips(n, generator)) if run.flip else None,
-        operations=operations(n, augment.parse(run.rand_augment), generator) if run.rand_augment else [],
+        operations=operations(n, augment.parse(run.rand_augment), generator, multiple) if run.rand_augment else None,
         lam=mixup_lambda(run.mixup, generator) if run.mixup else None,
         drop_path=[parallel.own(kept(n, *call, generator)).flatten(0, 1) for call in drop_path],
     )
@@ -71,17 +74,23 @@ def kept(n: int, p: float, shape: tuple[int, ...], generator: Generator) -> Tens
     return torch.empty(n, *shape).bernoulli_(1 - p, generator=generator) / (1 - p)
 
 
-def operations(n: int, config: RandAugment, generator: Generator) -> list[list[Operation]]:
-    """RandAugment's draws for n images, one list per layer; inside parallel.batch, for the rows of this process."""
-    to_argument = list(augment.arguments(config.increasing).values())
-    layers = []
-    for number, level, sign in zip(*(parallel.own(t, dim=1) for t in levels(n, config, generator)), strict=True):
-        chosen = [(place, (number == place).nonzero().flatten()) for place in range(len(to_argument))]
-        layers.append([
-            Operation(place, rows, to_argument[place](level[rows] / 10, sign[rows]).float())
-            for place, rows in chosen if len(rows)
-        ])  # fmt: skip
-    return layers
+def operations(n: int, config: RandAugment, generator: Generator, multiple: int = 1) -> Operations:
+    """RandAugment's draws for n images; inside parallel.batch, for the rows of this process."""
+    number, level, sign = (parallel.own(t, dim=1) for t in levels(n, config, generator))  # [layers, n] each
+    chosen = number[:, None] == torch.arange(len(augment.APPLY))[:, None]  # [layers, 15, n]
+    place = chosen.cumsum(2) - 1
+    most = max(min(n, 1), int(chosen.sum(2).max()))
+    places = -(-most // multiple) * multiple
+    to_argument = augment.arguments(config.increasing).values()
+    arguments = torch.stack([f(level / 10, sign).float() for f in to_argument], 1)  # [layers, 15, n]
+    layer, operation, image = chosen.nonzero(as_tuple=True)
+    where = layer, operation, place[chosen]
+    rows = torch.zeros(*chosen.shape[:2], places, dtype=torch.long)
+    argument = torch.zeros(rows.shape)
+    source = torch.arange(number.shape[1]).repeat(len(number), 1)
+    rows[where], argument[where] = image, arguments[chosen]
+    source[layer, image] = number.shape[1] + operation * places + place[chosen]
+    return Operations(rows, argument, source)
 
 
 def levels(n: int, config: RandAugment, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:

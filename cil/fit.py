@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from cil import augment, draws, losses, parallel, resume
 from cil.checkpoint import RunDir
 from cil.data import Dataset
-from cil.device import send
+from cil.device import excuse, send
 from cil.draws import Draws
+from cil.graphs import Replay
 from cil.methods import METHODS
 from cil.models import Incremental, drop_path_calls
 from cil.run import Run, randomness
@@ -26,6 +28,8 @@ from cil.session import Progress, Session
 from cil.tables import TRAINING
 
 READ_EVERY = 50  # steps on a GPU, which loss and accuracy stay on meanwhile; a CPU has nothing to wait for
+# On a GPU, of images in an operation of RandAugment and of rows to distil: rounded up, so that few graphs are captured.
+PLACES, ROWS = 32, 64
 SAVE_EVERY = 20.0  # seconds between two states, what a kill costs; more where saving would take 2 % of the time
 
 
@@ -220,6 +224,9 @@ class Learner:
         augment.make_constants(dataset.mean, dataset.std, str(self.sums.device))
         groups = param_groups_weight_decay(model, run.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self.learn: Callable[[tuple], None] = self.plainly
+        if torch.device(device).type == "cuda" and torch.cuda.is_available() and parallel.size() == 1:
+            self.learn = Replay(self.attempt, model.parameters(), self.sums)
 
     @property
     def learning_rate(self) -> float:
@@ -233,34 +240,60 @@ class Learner:
         """x: this process's images, as dataset.train.arrivals gives them; y: labels of the whole batch [B]; place: names the
         random draws. On a GPU one copy goes there and nothing comes back: loss and accuracy are added to `sums`.
         """
-        run = self.run
+        run, on_cpu = self.run, torch.device(self.device).type == "cpu"
         distilled = y < self.num_old if run.kd_rows == "old" else None  # None: all
-        teacher = self.teacher if run.kd and (distilled is None or bool(distilled.any())) else None
+        taught = self.teacher is not None and run.kd and (distilled is None or bool(distilled.any()))
         with parallel.batch(len(y)), randomness(run.seed, *place) as generator:
             calls = [(path.p, shape) for path, shape in self.drop_paths]
-            drawn = draws.of_step(run, len(y), calls, generator)
-            mine = None if distilled is None else parallel.own(distilled).nonzero().squeeze(1)  # rows to distil, of b
-            whole = None if distilled is None else distilled.nonzero().squeeze(1)  # and of B
-            x, own, mine, whole, drawn = send((x, parallel.own(y), mine, whole, drawn), self.device)
-            x = self.dataset.train.pixels(x)
-            x, targets = augmented(run, x, own, self.num_classes, self.dataset, drawn)
-            for (path, _), kept in zip(self.drop_paths, drawn.drop_path, strict=True):
-                path.kept.append(kept)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
-                old_logits = teach(teacher, x, mine, self.num_old) if teacher is not None else None
-                logits, *div_logits = self.outputs(x)
-            # From here on, the whole batch: the loss does not depend on how many processes shared it.
-            logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
-            old_logits = parallel.gather(old_logits.float()) if old_logits is not None else None
-            bce, kd = losses.auto_kd(logits, targets, old_logits, whole, run.kd_tau)
-            loss = bce + kd
-            for of_head in div_logits:
-                seen = parallel.gather(of_head.float())
-                loss = loss + self.divergence * losses.divergence(seen, targets, self.num_old)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            drawn = draws.of_step(run, len(y), calls, generator, 1 if on_cpu else PLACES)
+            if drawn.lam is not None and not on_cpu:
+                drawn = drawn._replace(lam=torch.tensor(drawn.lam))
+            mine, whole = None, None  # the rows to distil, of this process's images and of all
+            if distilled is not None:
+                mine, whole = (Rows.where(rows, 1 if on_cpu else ROWS) for rows in (parallel.own(distilled), distilled))
+            self.learn((x, parallel.own(y), taught, mine, whole, drawn))
         parallel.sum_gradients(self.model)
         self.optimizer.step()
+
+    def plainly(self, parts: tuple) -> None:
+        """`attempt` on what is sent now, with gradients that were not there before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.attempt(*send(parts, self.device))
+
+    def attempt(self, *parts: Any) -> None:
+        """`on_device`, a second time where something in it has no deterministic kernel."""
+        try:
+            self.on_device(*parts)
+        except RuntimeError as error:
+            excuse(error)
+            for path, _ in self.drop_paths:
+                path.kept.clear()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.on_device(*parts)
+
+    def on_device(
+        self, x: Tensor, y: Tensor, taught: bool, mine: Rows | None, whole: Rows | None, drawn: Draws
+    ) -> None:
+        """From what was sent to gradients and `sums`: everything of a step that happens on the device, but the optimiser."""
+        run = self.run
+        x = self.dataset.train.pixels(x)
+        x, targets = augmented(run, x, y, self.num_classes, self.dataset, drawn)
+        for (path, _), kept in zip(self.drop_paths, drawn.drop_path, strict=True):
+            path.kept.append(kept)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):
+            teacher = self.teacher if taught else None
+            old_logits = None if teacher is None else teach(teacher, x, mine, self.num_old)
+            logits, *div_logits = self.outputs(x)
+        # From here on, the whole batch: the loss does not depend on how many processes shared it.
+        logits, targets = parallel.gather(logits.float()), parallel.gather(targets)
+        old_logits = parallel.gather(old_logits.float()) if old_logits is not None else None
+        which, weights = whole or (None, None)
+        bce, kd = losses.auto_kd(logits, targets, old_logits, which, run.kd_tau, weights)
+        loss = bce + kd
+        for of_head in div_logits:
+            seen = parallel.gather(of_head.float())
+            loss = loss + self.divergence * losses.divergence(seen, targets, self.num_old)
+        loss.backward()
         hits = (logits.argmax(1) == targets.argmax(1)).float().mean()
         self.sums += torch.stack([loss.detach(), hits])
 
@@ -273,20 +306,36 @@ def augmented(
         x = augment.crop(x, drawn.crop, run.crop_padding)
     if drawn.flip is not None:
         x = augment.flip(x, drawn.flip)
-    if drawn.operations:
+    if drawn.operations is not None:
         x = augment.rand_augment(x, drawn.operations)
     x = augment.normalize(x, dataset.mean, dataset.std)
     return augment.mixup(x, y, num_classes, drawn.lam, run.smoothing)
 
 
+class Rows(NamedTuple):
+    """Some rows of a batch, and fillers."""
+
+    which: Tensor  # int64 [k]
+    weights: Tensor | None  # float32 [k], 0 for a filler and 1 for the others; None: there are no fillers
+
+    @classmethod
+    def where(cls, chosen: Tensor, multiple: int) -> Rows:
+        """The rows where `chosen`, bool [B], and row 0 as often as makes k a multiple."""
+        index = chosen.nonzero().squeeze(1)
+        if multiple == 1:
+            return cls(index, None)
+        fillers = -len(index) % multiple if len(index) else multiple
+        return cls(F.pad(index, (0, fillers)), F.pad(torch.ones(len(index)), (0, fillers)))
+
+
 @torch.no_grad()
-def teach(teacher: nn.Module, x: Tensor, rows: Tensor | None, num_old: int) -> Tensor:
-    """The teacher's logits [B, num_old]. It sees only `rows`, int64 [k], None for all; the others are zero."""
+def teach(teacher: nn.Module, x: Tensor, rows: Rows | None, num_old: int) -> Tensor:
+    """The teacher's logits [B, num_old]. It sees only `rows`, None for all; the others are zero."""
     if rows is None:
         return teacher(x)
     logits = x.new_zeros(len(x), num_old)
-    if len(rows):
-        logits[rows] = teacher(x[rows]).float()
+    if len(rows.which):
+        logits[rows.which] = teacher(x[rows.which]).float()
     return logits
 
 

@@ -188,6 +188,11 @@ class Sums:
         def mean(per_query: Tensor) -> Tensor:
             return per_query.masked_fill(empty, 0.0).sum(-1) / count
 
+        def entropy() -> Tensor:
+            choice = keys > 1  # a patch alone in its window can look nowhere else
+            ratio = (share.log() - rows[..., at["entropy"]] / share) / keys.double().log()
+            return ratio.masked_fill(empty | ~choice, 0.0).sum(-1) / (~empty & choice).sum(-1)
+
         def sinkless() -> Tensor:
             left = rows[..., at["left"]]
             gone = left == 0
@@ -198,7 +203,7 @@ class Sums:
             "d_loc": lambda: mean(rows[..., at["distance"]] / share),
             "rms_distance": lambda: mean(rows[..., at["square"]] / share).sqrt(),
             "prefix_mass": lambda: rows[..., at["prefix"]].mean(-1),
-            "entropy": lambda: mean((share.log() - rows[..., at["entropy"]] / share) / keys.double().log()),
+            "entropy": entropy,
             "self_mass": lambda: nothing if own is None else mean(rows[..., at["self"]] / share),
             "centroid_shift": lambda: mean((rows[..., self.place :] / share[..., None] - queries).norm(dim=-1)),
             "sink_mass": lambda: mean(rows[..., at["sink"]] / share),
@@ -251,7 +256,8 @@ def measure_attention(
     - d_loc: 1/N sum_ij A'_ij ||p_j - p_i||, patches (nonlocality: arXiv 2304.06971, eq. 1)
     - rms_distance: sqrt(1/N sum_ij A'_ij ||p_j - p_i||^2), patches; never below d_loc
     - prefix_mass: mean attention of patches on prefix tokens, 0 to 1
-    - entropy: mean over patches of -sum_j A'_ij log A'_ij, over log N: 0 one key, 1 uniform
+    - entropy: mean over patches of -sum_j A'_ij log A'_ij, over log N: 0 one key, 1 uniform; without patches that are
+      alone in their window
     - self_mass: mean of A'_ii, 0 to 1
     - centroid_shift: mean of ||sum_j A'_ij p_j - p_i||, patches; never above d_loc
     - sink_mass: mean of sum_j in S A'_ij, where S are the ceil(N / 100) patches that get most, by the mean over queries,

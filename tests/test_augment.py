@@ -433,10 +433,11 @@ def test_wrong_arguments_are_refused(photos):
             function(images[0], *arguments)
     with pytest.raises(ValueError, match="-1"):
         augment.crop(images, none.long().expand(2, -1), -1)
+    nothing = draws.operations(len(images), augment.parse("rand-m9"), generator())
     with pytest.raises(ValueError, match="3 channels"):
-        augment.rand_augment(images[:, :1], [])
+        augment.rand_augment(images[:, :1], nothing)
     with pytest.raises(ValueError, match="3 channels"):
-        augment.rand_augment(images, [], fill=(1, 2))
+        augment.rand_augment(images, nothing, fill=(1, 2))
     with pytest.raises(ValueError, match="3 numbers"):
         augment.normalize(images, (0.5,), (0.5,) * 3)
     floats, labels = images.float(), torch.zeros(len(images), dtype=torch.long)

@@ -8,10 +8,14 @@ import torch
 from pictures import imagenet_like
 from simulated_cuda import OnCuda, simulated
 
-from cil import device, fit
+from cil import device, fit, graphs
 from cil.fit import Learner
+from cil.graphs import Replay
 from cil.train import train
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# What is kept for a device from one call to the next is either simulated or not.
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="simulates the GPU that is here")
 EVERYTHING = {
     "num_classes": 4, "rand_augment": "rand-m9-mstd0.5-inc1", "flip": True, "drop_path": 0.3, "crop_padding": 2,
 }  # fmt: skip
@@ -42,6 +46,7 @@ def with_pictures(run, folder):
     return dataclasses.replace(run, data_dir=str(folder))
 
 
+@NO_GPU
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("changes", SYSTEMS.values(), ids=SYSTEMS)
 def test_training_is_the_cpus_and_waits_for_nothing(changes, amp, toy, tmp_path, monkeypatch):
@@ -59,17 +64,18 @@ def test_training_is_the_cpus_and_waits_for_nothing(changes, amp, toy, tmp_path,
         there = train(run, tmp_path / "cuda", "cuda")
     assert steps and set(steps) == {(1, 0)}
     losses = [directory.table("training")["loss"] for directory in (there, here)]
-    np.testing.assert_allclose(*losses, rtol=1e-6 if amp == "none" else 1e-3)  # bf16 rounds otherwise in other kernels
+    np.testing.assert_allclose(*losses, rtol=1e-6 if amp == "none" else 0.02)  # bf16 rounds otherwise in other kernels
     if amp == "none":
         assert there.table("accuracy").equals(here.table("accuracy"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@GPU
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("changes", SYSTEMS.values(), ids=SYSTEMS)
 def test_training_on_a_gpu(changes, amp, toy, tmp_path, monkeypatch):
-    """Two runs, one of them cut inside an epoch, are equal bit by bit, near the CPU's, and no step waits for the GPU."""
-    run, step, cut = with_pictures(dataclasses.replace(toy, amp=amp, **changes), tmp_path / "images"), Learner.step, []
+    """Runs with and without graphs, one cut inside an epoch, are equal bit by bit, near the CPU's, and no step waits."""
+    run = with_pictures(dataclasses.replace(toy, amp=amp, **changes), tmp_path / "images")
+    step, capture, cut, captured = Learner.step, Replay.capture, [], []
 
     def watched(*arguments):
         if cut and cut.pop():
@@ -80,21 +86,36 @@ def test_training_on_a_gpu(changes, amp, toy, tmp_path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    def unwatched(*arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            captured.append(capture(*arguments))
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+        return captured[-1]
+
     here = train(run, tmp_path / "cpu")
     monkeypatch.setattr(Learner, "step", watched)
+    monkeypatch.setattr(Replay, "capture", unwatched)
     whole = train(run, tmp_path / "whole", "cuda")
+    assert captured
+    with monkeypatch.context() as without_graphs:
+        without_graphs.setattr(graphs, "MOST", 0)
+        plain = train(run, tmp_path / "plain", "cuda")
     monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)
-    cut += [True, False, False]
+    cut += [True, False]
     with pytest.raises(KeyboardInterrupt):
         train(run, tmp_path / "again", "cuda")
     again = train(run, tmp_path / "again", "cuda")
     for task in whole.tasks:
-        assert whole.weights_path(task).read_bytes() == again.weights_path(task).read_bytes()
-    losses = [directory.table("training")["loss"] for directory in (whole, again, here)]
-    assert losses[0].equals(losses[1])
-    np.testing.assert_allclose(losses[0], losses[2], rtol=1e-3 if amp == "none" else 0.02)
+        for other in (plain, again):
+            assert whole.weights_path(task).read_bytes() == other.weights_path(task).read_bytes()
+    losses = [directory.table("training")["loss"] for directory in (whole, plain, again, here)]
+    assert losses[0].equals(losses[1]) and losses[0].equals(losses[2])
+    np.testing.assert_allclose(losses[0], losses[3], rtol=5e-3 if amp == "none" else 0.02)
 
 
+@NO_GPU
 def test_cut_and_resumed_on_cuda_is_the_undisturbed_run(toy, tmp_path, monkeypatch):
     run = dataclasses.replace(toy, **EVERYTHING)
     step, left = Learner.step, [3]
@@ -118,12 +139,14 @@ def test_cut_and_resumed_on_cuda_is_the_undisturbed_run(toy, tmp_path, monkeypat
     assert losses[0].equals(losses[1])
 
 
+@NO_GPU
 def test_loss_that_is_not_finite_is_refused_before_anything_is_saved(toy, tmp_path):
     with simulated(), pytest.raises(ValueError, match=r"the loss is (nan|inf) in task 0, fit epoch \d"):
         train(dataclasses.replace(toy, num_classes=2, lr_first=1e30, warmup_epochs=0), tmp_path / "run", "cuda")
     assert not list((tmp_path / "run").glob("resume/*")) and not list((tmp_path / "run").glob("*.safetensors"))
 
 
+@NO_GPU
 def test_send_brings_everything_by_one_copy():
     parts = (torch.arange(3), [torch.tensor([True, False]), None, torch.empty(0)], 2.5, torch.rand(2, 3))
     assert device.send(parts, "cpu") is parts

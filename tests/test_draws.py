@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cil import checkpoint, draws
-from cil.draws import of_epoch, of_step
+from cil.augment import parse
+from cil.draws import of_epoch, of_step, operations
 from cil.fit import Learner, freeze, frozen_parts
 from cil.models import DropPath, create_model, drop_path_calls
 from cil.run import Run
@@ -23,13 +24,13 @@ def generator(seed=0):
 def test_a_step_draws_what_the_run_asks_for():
     drawn = of_step(RUN, 6, [(0.1, (1,)), (0.2, (1, 3))], generator())
     assert drawn.crop.shape == (2, 6) and drawn.crop.max() <= 8 and drawn.flip.dtype == torch.bool
-    assert len(drawn.operations) == 2 and 0 <= drawn.lam <= 1
+    assert drawn.operations.source.shape == (2, 6) and 0 <= drawn.lam <= 1
     assert [mask.shape for mask in drawn.drop_path] == [(6,), (6, 3)]
     nothing = of_step(Run(crop_padding=0, flip=False, rand_augment="", mixup=0.0), 6, [], generator())
     assert (nothing.crop, nothing.flip, nothing.operations, nothing.lam, nothing.drop_path) == (
         None,
         None,
-        [],
+        None,
         None,
         [],
     )
@@ -40,11 +41,19 @@ def test_rows_that_stay_grow_by_what_is_dropped():
     assert mask.unique().tolist() == pytest.approx([0, 4 / 3]) and mask.mean() == pytest.approx(1, abs=0.02)
 
 
-def test_an_operation_is_on_each_image_once_a_layer():
-    for layer in of_step(RUN, 64, [], generator()).operations:
-        rows = torch.cat([operation.rows for operation in layer])
-        assert len(rows.unique()) == len(rows) and 10 < len(rows) < 54
-        assert all(operation.rows.shape == operation.argument.shape for operation in layer)
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+def test_an_operation_is_on_each_image_once_a_layer(multiple):
+    """An image is where its source says, and the others are as they were; more places change nothing else."""
+    n, drawn = 64, operations(64, parse(RUN.rand_augment), generator(), multiple)
+    exact = operations(64, parse(RUN.rand_augment), generator())
+    places = drawn.rows.shape[2]
+    assert places % multiple == 0 and places - exact.rows.shape[2] < multiple
+    for rows, argument, source, fewer in zip(*drawn, exact.argument, strict=True):
+        moved = source >= n
+        assert 10 < moved.sum() < 54 and torch.equal(source[~moved], torch.arange(n)[~moved])
+        assert torch.equal(rows.flatten()[source[moved] - n], torch.arange(n)[moved])
+        assert len(source.unique()) == n
+        assert torch.equal(argument[:, : fewer.shape[1]], fewer) and not argument[:, fewer.shape[1] :].any()
 
 
 def test_orders_of_two_epochs_differ_and_repeat():

@@ -20,13 +20,11 @@ from locality_probe.subject import from_run, from_timm
 from locality_probe.survey import survey
 from locality_probe.transfer import transfer
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
-@pytest.fixture(params=["simulated", pytest.param("a GPU", marks=GPU)])
-def cuda(request):
-    """In the test there is a device cuda:0."""
-    with simulated() if request.param == "simulated" else contextlib.nullcontext() as device:
+@pytest.fixture
+def cuda():
+    """In the test there is a device cuda:0, simulated where there is no GPU."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else simulated() as device:
         yield device
 
 

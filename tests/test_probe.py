@@ -17,12 +17,13 @@ from conftest import TOY, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import BATCH, FUSED, Mixer, Tokens, images, maps, sharpen, vit
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from cil.foreign import read
 from cil.models import IncrementalViT
 from locality_probe import LocalityLog, Probe
-from locality_probe.measures import MEASURES, distances, positions
+from locality_probe.measures import MEASURES, distances, measure_attention, positions
 from locality_probe.record import maps as record_module
 from locality_probe.record import record
 from locality_probe.tables import HISTORY, LAYERS, NONLOCALITY, NONLOCALITY_IMAGES
@@ -430,6 +431,16 @@ def test_tables_have_their_schema():
     assert rows["image"].unique().tolist() == [4, 7, 9]
     means = rows.groupby(["layer", "head"])[["d_loc", "entropy"]].mean().reset_index(drop=True)
     torch.testing.assert_close(torch.tensor(means.to_numpy()), torch.tensor(table[["d_loc", "entropy"]].to_numpy()))
+
+
+def test_entropy_of_windows_with_one_patch():
+    """7 x 7 patches in windows of 6 x 6: the last window holds one patch, which has nothing to choose from."""
+    swin = SwinTransformer(img_size=28, patch_size=4, window_size=6, depths=(1,), num_heads=(2,), embed_dim=8)
+    for parameter in swin.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)  # attention is nearly uniform
+    table = probed(swin, torch.randn(2, 3, 28, 28)).table()
+    assert set(table["extent"]) == {"window"} and table["entropy"].between(0.99, 1 + 1e-6).all()
+    assert measure_attention(torch.ones(1, 1, 1, 1), (1, 1))["entropy"].isnan().all()
 
 
 def test_log_of_a_training_loop(tmp_path):

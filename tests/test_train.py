@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from cil import checkpoint, recipes, resume
 from cil.checkpoint import open_run
 from cil.data import CIFAR100_MEAN, CIFAR100_STD, Dataset, ImageSet
-from cil.fit import Learner, fit, frozen_parts, teach
+from cil.fit import Learner, Rows, fit, frozen_parts, teach
+from cil.losses import auto_kd
 from cil.run import Run
 from cil.schedule import finetune_phase, learning_rate, main_phase, plan, total_steps
 from cil.session import Session
@@ -166,12 +167,28 @@ def test_teacher_sees_only_the_rows_whose_logits_are_used():
         return x.mean((1, 2, 3))[:, None].expand(-1, 2)
 
     x, old = torch.randn(4, 3, 8, 8), torch.tensor([True, False, False, True])
-    rows = old.nonzero().squeeze(1)
-    logits = teach(teacher, x, rows, 2)
+    logits = teach(teacher, x, Rows.where(old, 1), 2)
     assert torch.equal(logits[old], teacher(x)[old]) and not logits[~old].any()
     assert torch.equal(teach(teacher, x, None, 2), teacher(x))
-    assert not teach(teacher, x, rows[:0], 2).any()
+    assert not teach(teacher, x, Rows.where(old & False, 1), 2).any()
     assert calls == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("chosen", [[True, False, False, True, True], [False] * 5, [True] * 5])
+def test_rows_that_fill_up_change_no_loss(chosen):
+    """On a GPU the rows to distil are a multiple of a number: fillers weigh nothing."""
+    torch.manual_seed(0)
+    x, chosen = torch.randn(5, 3, 8, 8), torch.tensor(chosen)
+    logits, targets = torch.randn(5, 6), torch.rand(5, 6)
+    exact, filled = (Rows.where(chosen, multiple) for multiple in (1, 4))
+    assert len(filled.which) % 4 == 0 and filled.weights.sum() == chosen.sum() == len(exact.which)
+    old = [teach(lambda x: x.flatten(1)[:, :2], x, rows, 2) for rows in (exact, filled)]
+    assert torch.equal(old[0][chosen], old[1][chosen])
+    if chosen.any():
+        for tau in (1.0, 2.0):
+            bce, kd = auto_kd(logits, targets, old[0], exact.which, tau)
+            padded = auto_kd(logits, targets, old[1], filled.which, tau, filled.weights)
+            torch.testing.assert_close((bce, kd), padded)
 
 
 @pytest.mark.parametrize("changes", [{"kd": False}, {"kd_rows": "old"}, {"kd_rows": "all"}], ids=str)

@@ -1,6 +1,7 @@
 """The run directory: the only contract between trainer and instrument.
 
 run.json              the resolved Run, class order, pixel statistics, versions, git state, twin
+start.safetensors     of a run that starts from weights: the backbone with them, before task 0
 task_00.safetensors   the network after each task
 task_00_step_000100.safetensors   inside a task, after so many steps of the network (setting checkpoints)
 accuracy.csv, training.csv, memory/task_00.csv     cil.tables
@@ -17,27 +18,29 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
-import safetensors
-import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import save
 
 from cil.data import Dataset
 from cil.device import processor
-from cil.files import atomically, check_run, git_state, read_json, reason_of, regular, versions, write_json
+from cil.files import atomically, check_run, git_state, read_json, versions, write_json
 from cil.methods import METHODS
-from cil.models import Incremental, create_model
+from cil.models import Incremental, IncrementalTimm, create_model
 from cil.opened import accuracy_of, check_description
 from cil.run import FORMAT, Run, randomness
 from cil.scenario import Scenario, class_order
 from cil.tables import ACCURACY, AFTER, MEMORY, TRAINING, Table
+from cil.tensors import load_weights, read_safetensors
+from cil.weights import load_backbone
+from cil.weights import read as read_weights
 
 # Which numbers training gives: runs of two trainers are never compared, and one does not go on with the other's.
 # 1: AdamW step by step, stochastic depth drawn on the device. 2: fused AdamW, all draws on the CPU (cil.draws).
 TRAINER = 2
+START = "start.safetensors"
 LOCK = ".lock"  # the file in a run directory that a trainer holds locked
 LOCK_WAIT = 0.2  # seconds for which a trainer tries; whoever only asks whether it is locked holds it for much less
 TABLES: dict[str, Table] = {"accuracy": ACCURACY, "training": TRAINING}
@@ -104,7 +107,21 @@ class RunDir:
         return sorted(int(match[1]) for match in names if match)
 
     def new_model(self, task: int) -> Incremental:
-        """The network as initialised, from the run's seed: of task 0, or for joint training of `task` with all its classes."""
+        """The network before it is trained: of task 0, or for joint training of `task` with all its classes.
+
+        From the run's seed, and from the weights that it starts from. Raises ValueError where those are not there any more.
+        """
+        model = self.untrained(task)
+        if self.run.weights:
+            if not (self.path / START).is_file():
+                raise ValueError(
+                    f"{self.path / START} is not there, from which the run starts: bring it back, or train anew"
+                )
+            load_weights(cast(IncrementalTimm, model).backbone, read_safetensors(self.path / START), self.path / START)
+        return model
+
+    def untrained(self, task: int) -> Incremental:
+        """`new_model` with all of it from the run's seed."""
         joint = self.run.training != "incremental"
         with randomness(self.run.seed, "init", task if joint else 0):
             model = create_model(self.run, self.image_size)
@@ -134,7 +151,7 @@ class RunDir:
 
     def grown_model(self, task: int) -> Incremental:
         """A network of the shape that it has after `task`; its weights mean nothing yet."""
-        model = self.new_model(task)
+        model = self.untrained(task)
         if self.run.training == "incremental":
             with randomness(self.run.seed, "shape"):  # the caller's random numbers stay as they are
                 for later in range(1, task + 1):
@@ -159,7 +176,7 @@ class RunDir:
         """Bytes that the finished run will take, and at its largest the two states beside it."""
         sizes = [4 * sum(v.numel() for v in self.grown_model(t).state_dict().values()) for t in self.planned_tasks]
         times = len(self.planned_tasks) if self.run.training == "joint" else 1  # of which each starts at step 0
-        return sum(sizes) + (2 * 3 + times * len(self.run.checkpoint_steps)) * sizes[-1]
+        return sum(sizes) + (bool(self.run.weights) + 2 * 3 + times * len(self.run.checkpoint_steps)) * sizes[-1]
 
     def memory(self, task: int) -> pd.DataFrame | None:
         """Exemplars after `task`, or None."""
@@ -242,14 +259,15 @@ def describe(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") 
         joint_twin=f"{name}-joint" if incremental else None,
         twin_of=name.removesuffix(suffix) if not incremental and name.endswith(suffix) else None, device=processor(device),
     )  # fmt: skip
-    directory.new_model(directory.planned_tasks[0])  # whatever does not fit together says so here
+    directory.untrained(directory.planned_tasks[0])  # whatever does not fit together says so here
     return directory
 
 
-def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") -> RunDir:
+def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu", weights: Path | None = None) -> RunDir:
     """Start a run directory, or open the one that is there if it holds the same run.
 
-    Raises ValueError if it holds another run, or one that another trainer has begun and not finished.
+    weights: the file that a new run starts from. Raises ValueError if the directory holds another run, or one that another
+    trainer has begun and not finished, and for weights that do not fit.
     """
     path = Path(path)
     if (path / "run.json").exists():
@@ -257,11 +275,21 @@ def create(path: str | Path, run: Run, dataset: Dataset, device: str = "cpu") ->
     if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
         raise ValueError(f"{path} is not empty and holds no run.json; choose another --out")
     directory = describe(path, run, dataset, device)
+    start = None if weights is None else _start(directory, weights)
     path.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        atomically(path / START, lambda part: part.write_bytes(start))
     content = {"format": FORMAT, "run": run.to_dict()}
     content |= {k: v for k, v in vars(directory).items() if k not in ("path", "run")}
     write_json(path / "run.json", content)
     return directory
+
+
+def _start(directory: RunDir, weights: Path) -> bytes:
+    """The backbone of a run with the weights that it starts from, as a safetensors file."""
+    model = cast(IncrementalTimm, directory.untrained(directory.planned_tasks[0]))
+    load_backbone(model.backbone, read_weights(weights), model.added)
+    return save({name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()})
 
 
 def open_same(path: str | Path, run: Run) -> RunDir:
@@ -308,43 +336,3 @@ def open_run(path: str | Path) -> RunDir:
         return directory
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'run.json'} does not fit this version: {error}") from None
-
-
-def load_weights(model: torch.nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Strictly. Raises ValueError that names what does not fit or is not finite."""
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    given = {k: tuple(v.shape) for k, v in state.items()}
-    odd = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
-    if odd:
-        shapes = f"{odd[0]}: {given.get(odd[0], 'missing')} in the file, {expected.get(odd[0], 'unknown')} in the model"
-        raise ValueError(f"{source} does not fit the model at {len(odd)} of {len(expected)} tensors ({shapes})")
-    wanted = model.state_dict()
-    for name, tensor in state.items():
-        check_tensor(name, tensor, wanted[name], source)
-    model.load_state_dict(state)
-
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_tensor(name: str, tensor: Tensor, wanted: Tensor, source: Path) -> None:
-    """Raises ValueError for a tensor of a weights file that the network cannot compute with."""
-    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    if not plain or (wanted.is_floating_point() and tensor.dtype not in DTYPES):
-        odd = {
-            "quantised": tensor.is_quantized,
-            "meta": tensor.is_meta,
-            str(tensor.layout): tensor.layout != torch.strided,
-        }
-        kind = next((name for name, so in odd.items() if so), str(tensor.dtype)).removeprefix("torch.")
-        raise ValueError(f"{source} holds {name} as {kind}: save it as float32, float16 or bfloat16")
-    if tensor.is_floating_point() and not tensor.to(wanted.dtype).isfinite().all():
-        raise ValueError(f"{source} holds NaN or infinite values in {name}")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError for a file that is truncated or something else."""
-    try:
-        return load_file(regular(path))
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({reason_of(error)})") from None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from cil import checkpoint, text
+from cil import checkpoint, start, text
 from cil.augment import normalize
 from cil.checkpoint import RunDir
 from cil.data import Dataset
@@ -77,6 +77,10 @@ def describe_plan(run: Run, device: str = "cpu", echo: Callable[[str], None] = p
         f"{run.training} training on {run.dataset}, {run.scenario}, {len(directory.class_order)} classes",
         f"disk: {directory.size_on_disk() / 1e6:.1f} MB at its largest",
     ]
+    if run.weights.startswith(start.RECIPE):
+        lines.append(f"starts from {start.first(run).recipe} beside it, which is trained first if it is not there")
+    elif run.weights:
+        lines.append(f"starts from {'timm' if run.weights == 'hub' else run.weights}: weights of {run.model}")
     echo("\n".join([text.table(header, rows, left=0), *map(text.prose, lines)]))
     watch, threads = Stopwatch(), torch.get_num_threads()
     seconds = estimate(directory, dataset, phases, device, watch)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from cil import augment, draws, losses, parallel, resume
@@ -84,7 +83,8 @@ def fit(
             if wanted:
                 keeper.keep_checkpoint(taken)
             where = phase.task, len(directory.scenario), phase.name, epoch, phase.epochs
-            session.report(Progress(*where, loss, hits, before + taken, total, len(batch) * steps, steps))
+            images = len(batch) * steps
+            session.report(Progress(*where, loss, hits, before + taken, total, images, steps, directory.name))
             at.seconds = time.perf_counter() - began
             if at.step == phase.steps:
                 keeper.add_epoch(at, phase.steps * len(batch), learner.learning_rate)
@@ -222,19 +222,16 @@ class Learner:
         precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.sums = torch.zeros(2, dtype=precise, device=device)  # of loss and accuracy, of the steps taken so far
         augment.make_constants(dataset.mean, dataset.std, str(self.sums.device))
-        groups = param_groups_weight_decay(model, run.weight_decay)
+        groups, self.learning_rate = model.parameter_groups(run.weight_decay), run.lr
         self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.learn: Callable[[tuple], None] = self.plainly
         if torch.device(device).type == "cuda" and torch.cuda.is_available() and parallel.size() == 1:
             self.learn = Replay(self.attempt, model.parameters(), self.sums)
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
     def set_learning_rate(self, lr: float) -> None:
+        self.learning_rate = lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def step(self, x: Tensor, y: Tensor, place: tuple) -> None:
         """x: this process's images, as dataset.train.arrivals gives them; y: labels of the whole batch [B]; place: names the
@@ -358,9 +355,11 @@ def is_part(name: str, parts: list[str] | tuple[str, ...]) -> bool:
 
 
 def freeze(model: nn.Module, frozen: Callable[[str], bool], frozen_eval: bool = True) -> None:
-    """Gradients off where `frozen(name)`; modules whose parameters are all frozen go to eval mode, the others train."""
+    """Gradients off where `frozen(name)`, and where the model keeps a parameter as it is; modules whose parameters are all
+    frozen go to eval mode, the others train."""
+    kept: frozenset[str] = getattr(model, "kept", frozenset())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen(name))
+        parameter.requires_grad_(not (name in kept or frozen(name)))
     model.train()
     for module in model.modules() if frozen_eval else ():
         parameters = list(module.parameters())

@@ -15,10 +15,10 @@ import torch
 from timm.models.convit import ConVit
 from torch import Tensor, nn
 
-from cil.checkpoint import load_weights
 from cil.files import regular
 from cil.models import IncrementalViT
 from cil.run import Run
+from cil.tensors import load_weights
 
 # Released name -> ours, in order. The class-token model carries its blocks twice: `transformer_blocks.*` are dropped.
 NAMES = [

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 import timm
 import timm.layers
+import timm.models
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from cil.attention import ATTENTION, TaskAttention, localize
+from cil.attention import ATTENTION, LocalizedAttention, TaskAttention, localize
 from cil.methods import METHODS
 from cil.run import Run
 
@@ -81,6 +84,7 @@ class Incremental(nn.Module):
 
     token_per_task = False
     div_head: Head | None = None
+    kept: frozenset[str] = frozenset()  # names of parameters that are never trained
 
     def __init__(self, run: Run):
         super().__init__()
@@ -90,6 +94,10 @@ class Incremental(nn.Module):
     def grow(self, num_classes: int, divergence: bool = False) -> None:
         """Add a task of `num_classes` classes; with `divergence` a new divergence head, where the kind has one."""
         raise NotImplementedError
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """For an optimiser; biases and scales do not decay. lr_scale: of a group's learning rate, 1 where it is not there."""
+        return param_groups_weight_decay(self, weight_decay)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> what the heads read, [B, T, dim]"""
@@ -154,10 +162,16 @@ class IncrementalViT(Incremental):
 
 
 class IncrementalTimm(Incremental):
-    """A timm model as `backbone`, of the run's image and patch size: heads read its pooled features, [B, 1, dim]."""
+    """A timm model as `backbone`, of the run's image and patch size: heads read its pooled features, [B, 1, dim].
+
+    Images are scaled to input_size, bicubic, where the run has one.
+    """
 
     def __init__(self, run: Run, image_size: tuple[int, int]):
         super().__init__(run)
+        self.layer_decay = run.layer_decay
+        self.input_size = (run.input_size, run.input_size) if run.input_size else None
+        image_size = self.input_size or image_size
         name = run.model.removeprefix("timm/")
         check_timm(name)
         options: dict[str, Any] = {
@@ -184,6 +198,13 @@ class IncrementalTimm(Incremental):
                 if isinstance(child, timm.layers.DropPath):
                     setattr(module, child_name, DropPath(child.drop_prob))
 
+        layers = timm.models.group_parameters(self.backbone, cast(Any, self.backbone).group_matcher(coarse=False))
+        blocks = len(getattr(self.backbone, "blocks", layers))
+        if run.frozen_blocks > blocks:
+            raise ValueError(f"frozen_blocks={run.frozen_blocks} is more than the {blocks} blocks of {run.model}")
+        shallow = range(run.frozen_blocks + 1 if run.frozen_blocks else 0)  # layer 0 is the patch embedding
+        self.kept = frozenset(f"backbone.{name}" for layer in shallow for name in layers[layer])
+
     # Where the instrument finds grid and prefix tokens.
     patch_embed = property(lambda self: self.backbone.patch_embed)
     num_prefix_tokens = property(lambda self: self.backbone.num_prefix_tokens)
@@ -193,8 +214,26 @@ class IncrementalTimm(Incremental):
         device = next(self.backbone.parameters()).device
         self.heads.append(Head(self.dim, num_classes, self.init_std).to(device))
 
+    @property
+    def added(self) -> set[str]:
+        """Names of what LPA adds to the backbone, which files of its weights need not have."""
+        parts = [name for name, module in self.backbone.named_modules() if isinstance(module, LocalizedAttention)]
+        return {f"{name}.{parameter}" for name in parts for parameter in ("pos_weight", "content_scale")}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """With layer_decay as timm has it (BEiT, arXiv 2106.08254): the heads at the full learning rate."""
+        if self.layer_decay == 1:
+            return super().parameter_groups(weight_decay)
+        undecayed: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        layers = param_groups_layer_decay(
+            self.backbone, weight_decay, no_weight_decay_list=undecayed, layer_decay=self.layer_decay
+        )
+        return [*layers, *param_groups_weight_decay(self.heads, weight_decay)]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 1, dim]"""
+        if self.input_size is not None:
+            x = F.interpolate(x, self.input_size, mode="bicubic")
         return self.backbone(x)[:, None]
 
 
@@ -203,6 +242,16 @@ def check_timm(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+
+
+def pretrained_config(model: str) -> Any:
+    """timm's, of the weights that go by the name of `model`, timm/NAME. Raises ValueError where timm has none."""
+    name = model.removeprefix("timm/")
+    check_timm(name)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise ValueError(f"normalization=model: timm knows no weights of {name}, and so not what pixels they want")
+    return config
 
 
 def create_model(run: Run, image_size: tuple[int, int]) -> Incremental:

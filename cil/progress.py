@@ -20,10 +20,13 @@ def training(name: str, shown: bool = True) -> Iterator[Callable[[Progress], Non
     bar = None
 
     def report(p: Progress) -> None:
-        nonlocal bar, images
+        nonlocal bar, images, began
+        if bar is not None and p.run and p.run != bar.desc.removesuffix(": "):  # a run that another starts from
+            bar.close()
+            began, images, bar = time.monotonic(), 0, None
         if bar is None:
             look = {"unit": "step", "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
-            bar = tqdm(desc=name, total=p.total, initial=p.done - p.steps, disable=not shown, **look)
+            bar = tqdm(desc=p.run or name, total=p.total, initial=p.done - p.steps, disable=not shown, **look)
         images += p.images
         rate = images / (time.monotonic() - began)
         bar.set_postfix_str(

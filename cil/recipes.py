@@ -1,4 +1,4 @@
-"""The runs of the paper by name: what to train for each cell of its tables and each point of its sweeps, at five scales.
+"""The runs of the paper by name: what to train for each cell of its tables and each point of its sweeps, at six scales.
 
     paper               the protocol at full size, on a GPU
     paper-as-released   the same with the quirks of the released code, each a setting of its own
@@ -54,8 +54,8 @@ def parts(name: str) -> tuple[str, str, str]:
     """The name of a recipe -> (scale, setting, system), whatever its training: small-b10-10-dytox-joint is (small, b10-10,
     dytox). Raises ValueError for a name that is not made of them."""
     base, _ = split(name)
-    for scale in sorted(SCALES, key=len, reverse=True):
-        for setting in sorted(settings_of(scale), key=len, reverse=True):
+    for scale in sorted([*SCALES, "finetune"], key=len, reverse=True):
+        for setting in sorted(FINETUNE if scale == "finetune" else settings_of(scale), key=len, reverse=True):
             start = f"{scale}-{setting}-" if setting else f"{scale}-"
             if base in RECIPES and base.startswith(start):
                 return scale, setting, base.removeprefix(start)
@@ -125,6 +125,38 @@ def with_dytox(run: Run) -> Run:
     return replace(run, method="dytox")
 
 
+# Fine-tuning: timm's backbones, which start from weights.
+
+
+def finetune() -> Run:
+    """timm's ViT-B/16, trained on ImageNet-21k and -1k, on CIFAR-100 at 224 pixels: most who do CIL with ViTs start there."""
+    return replace(
+        paper(),
+        model="timm/vit_base_patch16_224", weights="hub", patch_size=16, input_size=224, normalization="model",
+        drop_path=0.0, layer_decay=0.75, weight_decay=0.05,
+        epochs_first=20, epochs=20, batch_size=64, lr_first=2e-4, lr=2e-4, warmup_epochs=2, finetune_epochs=10,
+        rand_augment="", mixup=0.0, amp="bf16",
+    )  # fmt: skip
+
+
+def finetune_demo() -> Run:
+    """The digits 0 to 4, two and then one at a time, by a small ViT that has learned the others."""
+    return replace(
+        demo(),
+        model="timm/test_vit", weights="recipe:finetune-demo-pretraining", patch_size=2, num_classes=5, scenario="B2-1",
+        drop_path=0.0, layer_decay=0.75, epochs_first=15, epochs=15, lr_first=1e-3, lr=1e-3, memory=50,
+    )  # fmt: skip
+
+
+def finetune_demo_pretraining() -> Run:
+    """The digits 9 to 5 at once, from scratch."""
+    return replace(
+        demo(),
+        model="timm/test_vit", patch_size=2, class_order="reversed", num_classes=5, scenario="B5-5", images_per_class=0,
+        drop_path=0.0, epochs_first=60, memory=0,
+    )  # fmt: skip
+
+
 SCALES = {"paper": paper, "paper-as-released": paper_as_released, "learned": learned, "small": small, "demo": demo}
 SYSTEMS: dict[str, tuple[str, Callable[[Run], Run]]] = {
     "baseline": ("baseline", lambda run: run),
@@ -159,6 +191,7 @@ PUBLISHED = {
 }  # fmt: skip
 # What a run costs, by scale and setting, and the Last / Avg / Fgt that one of seed 0 gave.
 GPU = "steps at batch 256, which needs a GPU"
+TIMM = "timm's weights, from the HuggingFace hub or --set weights=FILE"
 COSTS = {
     "paper b10-10": f"156 560 {GPU}", "paper b5-5": f"200 960 {GPU}", "paper b50-10": f"130 200 {GPU}",
     "paper b50-5": f"151 900 {GPU}", "paper imagenet-b10-10": f"339 460 {GPU}", "paper imagenet-b50-10": f"301 200 {GPU}",
@@ -171,10 +204,15 @@ COSTS = {
     "learned b6-2": "4 062 steps at batch 32, about 8 minutes on one core",
     "learned b2-2-alphabetical": "4 776 steps at batch 32, about 9 minutes on one core, as b2-2",
     "demo": "876 steps at batch 32, under a minute on one core",
+    "finetune b10-10": f"23 910 steps at batch 64 and 224 pixels, which need a GPU, and {TIMM}",
+    "finetune demo": "about a minute on one core, and once another for the weights that it starts from",
 }  # fmt: skip
 MEASURED = {
     "demo-baseline": "76.89 / 88.86 / 16.02",
     "demo-baseline-lpa": "86.22 / 92.24 / 7.46",
+    "finetune-demo-pretraining": "96.43 / 96.43 / -, one task",
+    "finetune-demo-baseline": "69.47 / 82.55 / 28.73",
+    "finetune-demo-baseline-lpa": "73.01 / 83.43 / 25.41",
     "small-b10-10-baseline": "12.55 / 22.64 / 3.67, three seeds",
     "small-b10-10-baseline-lpa": "14.10 / 24.69 / 3.65, three seeds",
     "small-b10-10-dytox": "10.64 / 21.22 / 10.94, three seeds",
@@ -222,6 +260,19 @@ def settings_of(scale: str) -> dict[str, tuple[str, Callable[[Run], Run]]]:
     return found
 
 
+def with_lpa_in_timm(run: Run) -> Run:
+    """The same with LPA in all blocks of its timm model, which begin with their weights' own attention."""
+    return replace(run, n_lpa=6 if run.model == "timm/test_vit" else 12, lpa_start="content")
+
+
+# Setting -> title, run.
+FINETUNE: dict[str, tuple[str, Callable[[], Run]]] = {
+    "b10-10": ("ViT-B/16 of timm from its weights, CIFAR-100 B10-10", finetune),
+    "demo": ("a small ViT from weights, digits 0 to 4", finetune_demo),
+}
+FINETUNED = {"baseline": ("", lambda run: run), "baseline-lpa": (" + LPA", with_lpa_in_timm)}
+
+
 def _to_scenario(scenario: str, change: Callable[[Run], Run] = lambda run: run) -> Callable[[Run], Run]:
     return lambda run: change(replace(run, scenario=scenario))
 
@@ -252,6 +303,12 @@ def enter_all() -> None:
             for count in range(base().depth):
                 name, title = f"baseline-nlpa-{count}", f"baseline, LPA in {count} layers, {where}"
                 enter(scale, setting, name, title, _changed(base, n_lpa=count))
+
+    for setting, (what, build) in FINETUNE.items():
+        for system, (plus_lpa, change) in FINETUNED.items():
+            enter("finetune", setting, system, what + plus_lpa, _changed(build, change))
+    what = "what the demo of fine-tuning starts from: a small ViT, digits 5 to 9"
+    enter("finetune", "demo", "pretraining", what, finetune_demo_pretraining)
 
 
 enter_all()

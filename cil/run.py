@@ -23,8 +23,11 @@ FORMAT = 4  # of run.json
 ADDED: dict[int, dict[str, object]] = {
     2: {"positional_start": "local", "positional_frozen": False, "gate_init": 1.0, "checkpoints": ""},
     3: {"lpa_start": "local"},
-    4: {"matmul": "ieee"},
-}
+    4: {
+        "matmul": "ieee", "weights": "", "weights_sha256": "", "input_size": 0, "normalization": "dataset",
+        "layer_decay": 1.0, "frozen_blocks": 0,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Run:
     data_dir: str = "data"  # where cifar100 or imagenet100 lies
     image_size: int = 0  # pixels; 0: as the data set has it
     scenario: str = "B10-10"
-    class_order: str = "icarl"  # icarl (CIFAR-100) | imagenet100 | alphabetical
+    class_order: str = "icarl"  # icarl (CIFAR-100) | imagenet100 | alphabetical | reversed (alphabetical)
     num_classes: int = 0  # the first so many of the class order; 0: all
     images_per_class: int = 0  # training images; 0: all
 
@@ -50,6 +53,15 @@ class Run:
     method: str = "baseline"  # baseline | dytox
     model: str = "convit"  # the paper's, or timm/NAME, of which what is marked (convit) says nothing
     global_pool: str = ""  # of a timm model: token | avg; empty: its own
+    # What a timm model starts from: a file, hub (timm's own), or recipe:NAME, a run beside this one that is trained first.
+    weights: str = ""  # empty: from scratch
+    weights_sha256: str = ""  # of that file; known once the run is begun
+    input_size: int = 0  # pixels to which a timm model scales its images; 0: as they are
+    normalization: str = (
+        "dataset"  # dataset | model: mean and standard deviation of the pixels that a timm model was trained with
+    )
+    layer_decay: float = 1.0  # learning rate of a timm model's layer over that of the next deeper one
+    frozen_blocks: int = 0  # of a timm model, from the shallow end, with the patch embedding: never trained
     dim: int = 384  # (convit), like all that follows up to extra_heads, but for patch_size and drop_path
     num_heads: int = 12
     depth: int = 6  # depth - 1 self-attention blocks and one task-attention block
@@ -145,6 +157,11 @@ class Run:
             raise ValueError(f"model={self.model!r} is neither convit nor of the form timm/NAME")
         if self.model != "convit" and self.method != "baseline":
             raise ValueError(f"model={self.model} goes with method=baseline: it has no task attention")
+        timms = [f"{name}={getattr(self, name)}" for name in OF_TIMM if getattr(self, name) != OF_TIMM[name]]
+        if self.model == "convit" and timms:
+            raise ValueError(f"{' and '.join(timms)} is for timm models, like model=timm/vit_base_patch16_224")
+        if self.weights_sha256 and not self.weights:
+            raise ValueError("weights_sha256 goes with weights")
         if self.lpa_start != "local" and (self.model == "convit" or not self.n_lpa):
             raise ValueError(f"lpa_start={self.lpa_start} is for timm models with n_lpa of at least 1")
         if self.positional_start != "local" and self.model != "convit":
@@ -238,7 +255,10 @@ class Run:
 
     def differences(self, other: Run, free: Collection[str] = ()) -> dict[str, tuple[object, object]]:
         """Settings in which the two differ, less those in `free` and those that change no number: name -> (mine, other's)."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in (*free, *CHANGE_NOTHING)]
+        # The same weights may lie elsewhere; before a run is begun, where they lie is all that is known of them.
+        known = self.weights_sha256 and other.weights_sha256
+        free = {*free, *CHANGE_NOTHING, "weights" if known else "weights_sha256"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in free]
         both = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
 
@@ -254,9 +274,13 @@ class Run:
 
 
 CHANGE_NOTHING = ("recipe", "data_dir", "checkpoints")  # settings that no number of training depends on
+OF_TIMM = {  # settings that are for timm models alone, and what they are for others
+    "weights": "", "input_size": 0, "normalization": "dataset", "layer_decay": 1.0, "frozen_blocks": 0,
+}  # fmt: skip
 CHOICES = {
     "training": ("incremental", "joint", "joint-terminal", "joint-as-long"),
-    "class_order": ("icarl", "imagenet100", "alphabetical"),
+    "class_order": ("icarl", "imagenet100", "alphabetical", "reversed"),
+    "normalization": ("dataset", "model"),
     "method": METHODS,
     "attention": ATTENTION,
     "positional_start": ("local", "random"),
@@ -276,7 +300,8 @@ RANGES: dict[str, tuple] = {
     "warmup_epochs finetune_epochs cosine_epochs_first": (0, 100_000),
     "batch_size": (1, 1_000_000), "repeats": (1, 1000), "crop_padding": (0, 1000), "seed": (0, 2**63 - 1),
     "dim": (1, 65_536), "num_heads": (1, 4096), "depth": (0, 1000), "n_lpa": (0, 1000), "patch_size": (1, 10_000),
-    "image_size": (0, 10_000), "num_classes": (0, 1_000_000), "images_per_class": (0, 10**9), "memory": (0, 10**9),
+    "image_size input_size": (0, 10_000), "frozen_blocks": (0, 1000), "layer_decay": (1e-6, 1),
+    "num_classes": (0, 1_000_000), "images_per_class": (0, 10**9), "memory": (0, 10**9),
     "mixup": (0, 1000), "weight_decay lr_min warmup_lr locality_strength": (0, 1e6),
     "lr_first lr finetune_lr kd_tau": (1e-30, 1e30, "above 0 and finite"),
     "mlp_ratio": (1e-3, 1000), "init_std": (1e-9, 1000),

@@ -27,12 +27,12 @@ ORDERS = {
 
 
 def class_order(name: str, num_classes: int) -> list[int]:
-    """Original class numbers in the order in which they are learned: alphabetical, or one of ORDERS.
+    """Original class numbers in the order in which they are learned: alphabetical, that reversed, or one of ORDERS.
 
     Raises ValueError when the order is for another number of classes.
     """
-    if name == "alphabetical":
-        return list(range(num_classes))
+    if name in ("alphabetical", "reversed"):
+        return sorted(range(num_classes), reverse=name == "reversed")
     if num_classes != len(ORDERS[name]):
         raise ValueError(f"class_order={name} is for {len(ORDERS[name])} classes, not {num_classes}; use alphabetical")
     return list(ORDERS[name])

@@ -27,6 +27,7 @@ class Progress:
     total: int
     images: int  # in the steps since the last report
     steps: int = 1  # since the last report
+    run: str = ""  # the name of its directory
 
 
 Report = Callable[[Progress], None]

@@ -11,14 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cil import augment, checkpoint, data, draws, parallel
+from cil import augment, checkpoint, data, draws, parallel, start
 from cil.checkpoint import RunDir
 from cil.data import Dataset
 from cil.device import repeatable
 from cil.evaluate import accuracy_rows, batch_size
 from cil.fit import fit
 from cil.memory import budget_per_class, remember
-from cil.models import Incremental
+from cil.models import Incremental, pretrained_config
 from cil.opened import check_memory
 from cil.run import Run, randomness
 from cil.scenario import relabel
@@ -33,7 +33,8 @@ def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambd
     or an `out` that holds something else or that another process trains in.
     """
     dataset, session = load_dataset(run), Session(device, report)
-    directory = parallel.once(checkpoint.create, out, run, dataset, device)
+    run, weights = start.settle(run, Path(out), lambda other, there: train(other, there, device, report))
+    directory = parallel.once(checkpoint.create, out, run, dataset, device, weights)
     dataset = in_class_order(dataset, directory).to(device)
     with repeatable(device, run.matmul), session.interruptible(), contextlib.ExitStack() as locked:
         parallel.once(locked.enter_context, directory.lock())
@@ -117,7 +118,11 @@ def herding_features(
 
 def load_dataset(run: Run) -> Dataset:
     """The run's images with original labels."""
-    return data.load(run.dataset, run.data_dir, run.image_size)
+    dataset = data.load(run.dataset, run.data_dir, run.image_size)
+    if run.normalization == "dataset":
+        return dataset
+    config = pretrained_config(run.model)
+    return replace(dataset, mean=tuple(config.mean), std=tuple(config.std))
 
 
 def in_class_order(dataset: Dataset, directory: RunDir) -> Dataset:

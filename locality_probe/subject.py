@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cil import augment, checkpoint, data, foreign, models
+from cil import weights as weights_of
 from cil.checkpoint import RunDir
 from cil.tables import AFTER
-from locality_probe import weights as weights_of
 from locality_probe.hf import preprocessing
 from locality_probe.tables import INITIAL
 from locality_probe.typed import LIBRARIES, Typed, split_model, typed

@@ -6,9 +6,11 @@ import json
 import re
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
-from cil import checkpoint, recipes
+from cil import checkpoint, recipes, start
 from cil.data import CIFAR100_MEAN, CIFAR100_STD, Dataset, ImageSet
 from cil.recipes import COSTS, LAMBDAS, PUBLISHED, RECIPES, SCENARIOS, SYSTEMS
 from cil.run import Run
@@ -39,9 +41,13 @@ def test_every_recipe_survives_json():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_starts(name, toy, tmp_path):
+def test_every_recipe_starts(name, toy, tmp_path, monkeypatch):
     """At demo size: what is large is cut down, what makes the recipe stays."""
     run = recipes.find(name)
+    if run.weights == "hub":
+        run = dataclasses.replace(run, model="timm/test_vit", input_size=16, n_lpa=min(run.n_lpa, 6))
+        monkeypatch.setattr(start, "fetched", lambda name: tmp_path / "hub.safetensors")
+        save_file(timm.create_model("test_vit").state_dict(), tmp_path / "hub.safetensors")
     few = {f: getattr(toy, f) for f in ("dataset", "class_order", "num_classes", "image_size", "dim", "num_heads")}
     cut = dataclasses.replace(
         run, **few, patch_size=4, scenario="B4-2", images_per_class=4, batch_size=4, crop_padding=0,

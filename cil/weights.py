@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from cil import foreign
-from cil.checkpoint import check_tensor, read_safetensors
+from cil.tensors import check_tensor, read_safetensors
 
 # First words of names that are no part of a trunk: classifiers, projections of self-supervised training, decoders of MAE.
 HEADS = re.compile(
@@ -49,10 +50,7 @@ def load(make: Callable[[int | None], nn.Module], weights: Weights, head: tuple[
     Raises ValueError that counts what does not fit, and names a tensor that is not finite or of no use.
     """
     model = make(None)
-    prefix = _prefix(weights.state, {name for name in model.state_dict() if not _is_of(name, head)})
-    inside = {name[len(prefix) :]: tensor for name, tensor in weights.state.items() if name.startswith(prefix)}
-    if prefix:
-        weights.said.append(f"{weights.path.name}: the weights under {prefix!r} are read")
+    inside = _inside(weights, {name for name in model.state_dict() if not _is_of(name, head)})
     size = _image_size(model, inside)
     model = model if size is None else make(size)
     if size is not None:
@@ -60,19 +58,7 @@ def load(make: Callable[[int | None], nn.Module], weights: Weights, head: tuple[
     expected = model.state_dict()
     of_head = [name for name in expected if _is_of(name, head)]
     wrong = [name for name, tensor in expected.items() if name not in inside or inside[name].shape != tensor.shape]
-    trunk = [name for name in expected if name not in of_head]
-    bad = [name for name in wrong if name not in of_head]
-    extra = [name for name in inside if name not in expected and not HEADS.match(name)]
-    if bad or extra:
-        example = bad[0] if bad else extra[0]
-        given = tuple(inside[example].shape) if example in inside else "missing"
-        wants = tuple(expected[example].shape) if example in expected else "unknown"
-        raise ValueError(
-            f"{weights.path} does not fit the model at {len(bad)} of {len(trunk)} tensors of its trunk, and holds "
-            f"{len(extra)} others ({example}: {given} in the file, {wants} in the model)"
-        )
-    for name in trunk:
-        check_tensor(name, inside[name], expected[name], weights.path)
+    _check_trunk(inside, expected, [name for name in expected if name not in of_head], weights.path)
     left = sorted(
         {name.split(".")[0] for name in wrong} | {name.split(".")[0] for name in inside if name not in expected}
     )
@@ -82,6 +68,51 @@ def load(make: Callable[[int | None], nn.Module], weights: Weights, head: tuple[
         {name: tensor for name, tensor in inside.items() if name in expected and name not in wrong}, strict=False
     )
     return model
+
+
+def load_backbone(backbone: nn.Module, weights: Weights, new: Collection[str] = ()) -> None:
+    """Put a file's tensors into a timm network without a classifier, whatever its image and patch size.
+
+    Position embeddings and patch projections are resampled as timm does. All of the network must be there and fit, but for the
+    tensors named in `new`, which stay as they are where the file has none; classifiers and projections are left out.
+    Raises ValueError as `load` does.
+    """
+    expected = backbone.state_dict()
+    inside = _inside(weights, set(expected) - set(new))
+    resample = getattr(inspect.getmodule(type(backbone)), "checkpoint_filter_fn", None)
+    if resample is not None:
+        try:
+            inside = resample(inside, backbone)
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:  # tensors of other shapes than timm's
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{weights.path} does not fit {type(backbone).__name__}: {reason}") from None
+    trunk = [name for name in expected if name in inside or name not in new]
+    _check_trunk(inside, expected, trunk, weights.path)
+    backbone.load_state_dict({name: inside[name] for name in trunk}, strict=False)
+
+
+def _inside(weights: Weights, names: set[str]) -> dict[str, Tensor]:
+    """The file's tensors under the network's names, of which `names` are to be found; says where they lay."""
+    prefix = _prefix(weights.state, names)
+    if prefix:
+        weights.said.append(f"{weights.path.name}: the weights under {prefix!r} are read")
+    return {name[len(prefix) :]: tensor for name, tensor in weights.state.items() if name.startswith(prefix)}
+
+
+def _check_trunk(inside: dict[str, Tensor], expected: dict[str, Tensor], trunk: list[str], path: Path) -> None:
+    """Raises ValueError unless the file holds all of `trunk`, of the expected shapes, and nothing unknown but classifiers."""
+    bad = [name for name in trunk if name not in inside or inside[name].shape != expected[name].shape]
+    extra = [name for name in inside if name not in expected and not HEADS.match(name)]
+    if bad or extra:
+        example = bad[0] if bad else extra[0]
+        given = tuple(inside[example].shape) if example in inside else "missing"
+        wants = tuple(expected[example].shape) if example in expected else "unknown"
+        raise ValueError(
+            f"{path} does not fit the model at {len(bad)} of {len(trunk)} tensors of its trunk, and holds "
+            f"{len(extra)} others ({example}: {given} in the file, {wants} in the model)"
+        )
+    for name in trunk:
+        check_tensor(name, inside[name], expected[name], path)
 
 
 def _is_of(name: str, parts: tuple[str, ...]) -> bool:

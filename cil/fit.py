@@ -214,7 +214,7 @@ class Learner:
     ):
         run, scenario = directory.run, directory.scenario
         self.run, self.dataset, self.model, self.teacher, self.device = run, dataset, model, teacher, device
-        self.outputs = Outputs(model)
+        self.outputs = parallel.summing(Outputs(model))
         self.num_classes = len(scenario[: task + 1].labels)
         self.num_old = scenario[task].labels.start if run.training == "incremental" else 0
         self.divergence = METHODS[run.method].divergence
@@ -249,7 +249,6 @@ class Learner:
             if distilled is not None:
                 mine, whole = (Rows.where(rows, 1 if on_cpu else ROWS) for rows in (parallel.own(distilled), distilled))
             self.learn((x, parallel.own(y), taught, mine, whole, drawn))
-        parallel.sum_gradients(self.model)
         self.optimizer.step()
 
     def plainly(self, parts: tuple) -> None:

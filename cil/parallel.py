@@ -1,24 +1,29 @@
 """One run on several processes, as torchrun starts them: the same batches, draws, memory and schedule for any number.
 
 Each process computes some rows of a global batch. Random numbers are drawn for all rows and each process takes its own;
-logits are gathered, so that the loss is that of the global batch; gradients are summed. Process 0 alone writes files.
+logits are gathered, so that the loss is that of the global batch; gradients are summed as they come. Process 0 alone writes
+files.
 Outside torchrun there is one process, and everything here hands back what it was given.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 _batch: tuple[int, Tensor] | None = None  # (rows of the global batch, this process's among them), inside `batch`
 
 Result = TypeVar("Result")
+LOST = ("gloo", "nccl", "connection", "peer", "timed out")  # in what torch says where a process has gone
 
 
 def rank() -> int:
@@ -33,7 +38,8 @@ def size() -> int:
 def processes(device: str) -> Iterator[str]:
     """Join the processes that torchrun started (nccl on CUDA, else gloo); yields the device of this one.
 
-    Raises ValueError where WORLD_SIZE, which torchrun sets, is no number of processes.
+    Raises ValueError where WORLD_SIZE, which torchrun sets, is no number of processes, and ChildProcessError where another
+    process is gone.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     if not (world.isdecimal() and 0 < int(world[:9]) and len(world) < 9):
@@ -50,6 +56,12 @@ def processes(device: str) -> Iterator[str]:
     dist.barrier()  # one that fails and leaves before all have met would be a broken connection to the others
     try:
         yield device
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in LOST):
+            raise
+        raise ChildProcessError(
+            f"process {rank()} lost another one, which failed or was killed; the same command goes on from the last saved state"
+        ) from None
     finally:
         dist.destroy_process_group()
 
@@ -92,8 +104,8 @@ def gather(mine: Tensor) -> Tensor:
     """Rows [b, ...] of each process -> all rows of the batch, in order; gradients flow into this process's own."""
     if _batch is None or size() == 1:
         return mine
-    n, positions = _batch
-    everyone = [rows(n, process).to(mine.device) for process in range(size())]
+    n, _ = _batch
+    everyone = _rows_of_all(n, size(), mine.device)
     padded = mine.new_zeros(max(map(len, everyone)), *mine.shape[1:])
     padded[: len(mine)] = mine.detach()
     parts = [torch.empty_like(padded) for _ in everyone]
@@ -101,18 +113,36 @@ def gather(mine: Tensor) -> Tensor:
     full = mine.new_empty(n, *mine.shape[1:])
     for theirs, part in zip(everyone, parts, strict=True):
         full[theirs] = part[: len(theirs)]
-    return full.index_copy(0, positions.to(mine.device), mine)
+    return full.index_copy(0, everyone[rank()], mine)
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Each process's gradients come from its own rows of one global loss: their sum is the gradient."""
+@functools.lru_cache(maxsize=16)
+def _rows_of_all(n: int, processes: int, device: torch.device) -> list[Tensor]:
+    """`rows` of every process, on a device: sent once, for each sending would be waited for."""
+    return [rows(n, process).to(device) for process in range(processes)]
+
+
+def summing(module: nn.Module) -> nn.Module:
+    """The module, whose backward pass then sums gradients over processes while it goes on (DistributedDataParallel).
+
+    Each process's gradients come from its own rows of one global loss: their sum, not their mean, is its gradient.
+    """
     if size() == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+        return module
+    # The same parts of the network take part in every step: those that never do are found in the first.
+    with warnings.catch_warnings():
+        # Newer versions of torch call it forward_sync_buffers.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        wrapped = DistributedDataParallel(
+            module, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+        )
+    wrapped.register_comm_hook(None, _sum_of_bucket)
+    return wrapped
+
+
+def _sum_of_bucket(state, bucket):  # torch looks at the annotations, and does not understand them as strings
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
 
 
 def share(batches: Sequence) -> Sequence:

@@ -17,13 +17,14 @@ def training(name: str, shown: bool = True) -> Iterator[Callable[[Progress], Non
     """The `report` of cil.train: task, epoch, loss, accuracy, images/s and time left, from the first step on."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     began, images = time.monotonic(), 0
-    bar = None
+    bar, run = None, ""
 
     def report(p: Progress) -> None:
-        nonlocal bar, images, began
-        if bar is not None and p.run and p.run != bar.desc.removesuffix(": "):  # a run that another starts from
+        nonlocal bar, images, began, run
+        if bar is not None and p.run != run:  # the one before was what this one starts from
             bar.close()
             began, images, bar = time.monotonic(), 0, None
+        run = p.run
         if bar is None:
             look = {"unit": "step", "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
             bar = tqdm(desc=p.run or name, total=p.total, initial=p.done - p.steps, disable=not shown, **look)

@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
 import socket
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cil import parallel
+from cil import fit, parallel
 from cil.checkpoint import open_run
 from cil.train import train
 
@@ -78,11 +79,13 @@ def gather_and_sum(device):
     """The gradient of a loss over a batch of 7, computed by rows."""
     torch.manual_seed(0)
     model, x = torch.nn.Linear(3, 2), torch.randn(7, 3)
+    model.idle = torch.nn.Parameter(torch.zeros(2))  # takes no part in any step
+    summing = parallel.summing(model)
     with parallel.batch(7):
-        y = parallel.gather(model(parallel.own(x)))
+        y = parallel.gather(summing(parallel.own(x)))
         draws = parallel.own(torch.arange(parallel.whole(len(parallel.own(x)))))
     (y**2).mean().backward()
-    parallel.sum_gradients(model)
+    assert model.idle.grad is None or not model.idle.grad.any()
     return y.tolist(), model.weight.grad.tolist(), draws.tolist(), parallel.anywhere(parallel.rank() == 1)
 
 
@@ -106,6 +109,42 @@ def fail_in_first(device):
 def test_failure_of_the_writing_process_reaches_all():
     first, second = on_processes(2, fail_in_first)
     assert first == "ValueError: disk full" and second == "ChildProcessError: process 0 failed: disk full"
+
+
+def train_until_killed(run, out, device):
+    """The second process is killed in its third step."""
+    steps = []
+
+    def report(progress):
+        steps.append(progress)
+        if len(steps) == 3 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(run, out, device, report)
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_the_run_goes_on(toy, tmp_path, monkeypatch):
+    run = dataclasses.replace(toy, num_classes=4)
+    monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    receive, send = FORK.Pipe()
+    arguments = port, train_until_killed, (run, tmp_path / "run"), send
+    members = [FORK.Process(target=member, args=(rank, 2, *arguments)) for rank in range(2)]
+    for process in members:
+        process.start()
+    assert receive.poll(60)
+    rank, said = receive.recv()
+    assert (rank, said.partition(",")[0]) == (0, "ChildProcessError: process 0 lost another one")
+    for process in members:
+        process.join(30)
+    assert [process.exitcode for process in members] == [0, -signal.SIGKILL]
+    on_processes(2, train_here, run, tmp_path / "run")
+    on_processes(2, train_here, run, tmp_path / "whole")
+    again, whole = open_run(tmp_path / "run"), open_run(tmp_path / "whole")
+    for task in whole.tasks:
+        assert again.weights_path(task).read_bytes() == whole.weights_path(task).read_bytes()
 
 
 def few_rows(device):

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from cil import checkpoint, fit, recipes, start
 from cil.checkpoint import START, open_run
 from cil.fit import Learner
+from cil.progress import training
 from cil.schedule import main_phase
+from cil.session import Progress
 from cil.train import in_class_order, load_dataset, train
 from locality_probe.plan import make_plan
 from locality_probe.spectra import spectra
@@ -200,6 +202,15 @@ def test_a_run_that_another_starts_from_is_trained_first(tmp_path, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "first", lambda: run)
     with pytest.raises(ValueError, match="first itself starts from recipe:first"):
         train(run, tmp_path / "round/second")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_of_both(shown, capsys):
+    with training("second", shown) as report:
+        for run in ("first", "first", "second"):
+            report(Progress(0, 1, "fit", 0, 1, 0.5, 0.1, 1, 2, 4, run=run))
+    said = capsys.readouterr().err
+    assert [name in said for name in ("first: ", "second: ")] == [shown] * 2
 
 
 def test_a_run_that_another_process_trains_first_is_waited_for(tmp_path, monkeypatch):

@@ -30,6 +30,12 @@ def resolve(name: str) -> str:
     return name
 
 
+def spread(name: str) -> list[str]:
+    """The devices that pieces of work are given in turn: for `cuda` every GPU that there is, for another name that alone."""
+    several = torch.cuda.device_count() if name == "cuda" else 1
+    return [f"cuda:{n}" for n in range(several)] if several > 1 else [name]
+
+
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from cil.evaluate import batch_size
 from cil.fit import Learner, freeze, frozen_parts
 from cil.memory import budget_per_class
 from cil.run import Run
-from cil.schedule import Phase, learning_rate, memory_size, plan, total_steps
+from cil.schedule import Phase, learning_rate, memory_size, plan, remarks, total_steps
 from cil.train import in_class_order, load_dataset
 
 MEASURED_STEPS = 5  # after one to warm up, if they take no longer than
@@ -81,6 +81,7 @@ def describe_plan(run: Run, device: str = "cpu", echo: Callable[[str], None] = p
         lines.append(f"starts from {start.first(run).recipe} beside it, which is trained first if it is not there")
     elif run.weights:
         lines.append(f"starts from {'timm' if run.weights == 'hub' else run.weights}: weights of {run.model}")
+    lines += remarks(directory, dataset)
     echo("\n".join([text.table(header, rows, left=0), *map(text.prose, lines)]))
     watch, threads = Stopwatch(), torch.get_num_threads()
     seconds = estimate(directory, dataset, phases, device, watch)

@@ -57,6 +57,11 @@ class Scenario:
 
     def __init__(self, spec: str, num_classes: int):
         match = re.fullmatch(r"B(\d+)-(\d+)", spec)
+        if match and not int(match[1]) and int(match[2]):
+            raise ValueError(
+                f"scenario={spec!r} starts with no class; where that stands for tasks of {match[2]} classes each, it is "
+                f"B{match[2]}-{match[2]} here"
+            )
         if not match or not all(map(int, match.groups())):
             raise ValueError(f"scenario={spec!r} is not of the form Bx-y, like B10-10")
         first, increment = map(int, match.groups())

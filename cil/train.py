@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,23 +23,29 @@ from cil.models import Incremental, pretrained_config
 from cil.opened import check_memory
 from cil.run import Run, randomness
 from cil.scenario import relabel
-from cil.schedule import exemplars, finetune_phase, joint_phase, main_phase, with_memory
+from cil.schedule import exemplars, finetune_phase, joint_phase, main_phase, remarks, with_memory
 from cil.session import Report, Session
 
 
-def train(run: Run, out: str | Path, device: str = "cpu", report: Report = lambda progress: None) -> RunDir:
+def train(
+    run: Run, out: str | Path, device: str = "cpu", report: Report = lambda progress: None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> RunDir:  # fmt: skip
     """Train `run` into the directory `out`, or go on with it where it was; a finished run returns at once.
 
-    Under torchrun (parallel.processes), all processes call this. Raises ValueError for a run that does not fit its data,
-    or an `out` that holds something else or that another process trains in.
+    warn: is told what is odd about a run that is begun. Under torchrun (parallel.processes), all processes call this. Raises
+    ValueError for a run that does not fit its data, or an `out` that holds something else or that another process trains in.
     """
     dataset, session = load_dataset(run), Session(device, report)
-    run, weights = start.settle(run, Path(out), lambda other, there: train(other, there, device, report))
+    run, weights = start.settle(run, Path(out), lambda other, there: train(other, there, device, report, warn))
     directory = parallel.once(checkpoint.create, out, run, dataset, device, weights)
     dataset = in_class_order(dataset, directory).to(device)
     with repeatable(device, run.matmul), session.interruptible(), contextlib.ExitStack() as locked:
         parallel.once(locked.enter_context, directory.lock())
         finished = directory.tasks
+        if not finished and not directory.resume_folder.exists():
+            for sentence in remarks(directory, dataset):
+                warn(sentence)
         if finished:
             directory.written("accuracy")
         model = None

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from conftest import TINY, beyond_recipe, flat, run_ok, settings
+import torch
+from conftest import TINY, beyond_recipe, flat, invoke, run_ok, settings
 
 from cil import recipes
 from cil.checkpoint import open_run
@@ -54,3 +55,48 @@ def test_dry_run_writes_nothing(here):
     ]
     assert "4 steps at batch 8, 32 images; 8 exemplars" in flat(result.stdout)
     assert result.stderr == "" and not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."),
+         "the GPU's memory is too small for this work, which wanted 2.50 GiB more; what helps: several processes"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+         "memory is too small for this work; what helps: several processes"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_a_sentence_with_advice(error, words, tmp_path, monkeypatch):
+    def step(*arguments):
+        raise error
+
+    monkeypatch.setattr("cil.fit.Learner.step", step)
+    result = invoke("train", "demo-baseline", "--out", tmp_path / "run")
+    assert result.exit_code == 1 and words in flat(result.output) and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["memory=3"], "memory=3 is less than one exemplar for each of 4 classes: from task 1 on none is kept, and there is no "
+         "fine-tuning; memory=6 keeps one of each class to the end"),
+        (["images_per_class=2"], "batch_size=8 is more than the 4 images of task 0 (fit): an epoch is then one step on all"),
+    ],
+)  # fmt: skip
+def test_what_may_be_a_slip_is_said_once(settings, words, tmp_path):
+    tiny = TINY | {"num_classes": 6, "images_per_class": 6, "memory": 12}
+    given = [x for s in [*(f"{k}={v}" for k, v in tiny.items()), *settings] for x in ("--set", s)]
+    assert words in flat(run_ok("train", "demo-baseline", "--dry-run", *given).output)
+    command = ("train", "demo-baseline", "--out", tmp_path / "run", *given)
+    assert words in flat(run_ok(*command).stderr)
+    assert words not in flat(run_ok(*command).stderr)
+
+
+def test_no_remark_where_nothing_is_odd(tmp_path):
+    given = [x for k, v in TINY.items() for x in ("--set", f"{k}={v}")]
+    assert run_ok("train", "demo-baseline", "--out", tmp_path / "run", *given).stderr.count("is less than") == 0
+
+
+def test_a_scenario_that_starts_with_no_class_is_told_what_it_is_here(tmp_path):
+    result = invoke("train", "demo-baseline", "--set", "scenario=B0-2", "--dry-run")
+    assert result.exit_code == 2 and "tasks of 2 classes each, it is B2-2 here" in flat(result.output)

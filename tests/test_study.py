@@ -1,15 +1,19 @@
 """A study's tables: what is put in, in which order, and that it is what the instrument says of the runs."""
 
 import json
+import os
+import signal
+from concurrent.futures import Future
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cil import recipes
 from cil.checkpoint import open_run
 from cil.evaluate import scores
-from figures.paper.study import KINDS, Sizes, Study, examples, measure, measure_all
+from figures.paper.study import KINDS, Measuring, Sizes, Study, examples, measure, measure_all
 from locality_probe import survey
 from locality_probe.images import load_images
 from locality_probe.subject import from_run
@@ -117,6 +121,46 @@ def test_one_that_fails_is_named_and_the_others_are_there(toy_runs, tmp_path):
     (sentence,) = measure_all(study, wanted, SIZES, "data", "cpu", 1)
     assert sentence.startswith("nonlocality of absent: no run directory")
     assert study.done() == {("toy", "accuracy")}
+
+
+def deadly(kind, path, *settings):
+    """As `measure`, in a process that is killed by one kind and stumbles over another."""
+    if kind == "nonlocality":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "spectrum":
+        raise RuntimeError("CUDA out of memory\nand more")
+    return measure(kind, path, *settings)
+
+
+def test_one_whose_process_is_killed_fails_alone(toy_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("figures.paper.study.measure", deadly)
+    study = Study(tmp_path)
+    wanted = [
+        (kind, toy_runs / run) for kind in ("nonlocality", "spectrum", "accuracy") for run in ("toy", "toy-joint")
+    ]
+    failed = measure_all(study, wanted, SIZES, "data", "cpu", 2)
+    assert sorted(failed) == [
+        "nonlocality of toy-joint: its process was killed; is memory full?",
+        "nonlocality of toy: its process was killed; is memory full?",
+        "spectrum of toy-joint: CUDA out of memory",
+        "spectrum of toy: CUDA out of memory",
+    ]
+    assert study.done() == {("toy", "accuracy"), ("toy-joint", "accuracy")}
+
+
+@pytest.mark.parametrize("device, gpus, given", [
+    ("cuda", 2, ["cuda:0", "cuda:1", "cuda:0"]), ("cuda", 1, ["cuda"] * 3), ("cuda:1", 2, ["cuda:1"] * 3),
+    ("cpu", 2, ["cpu"] * 3),
+])  # fmt: skip
+def test_measurements_go_round_the_gpus(device, gpus, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    asked = []
+    with Measuring(Study(tmp_path), SIZES, "data", device, 1) as measuring:
+        monkeypatch.setattr(measuring.pool, "submit", lambda *arguments: asked.append(arguments[-1]) or Future())
+        for n in range(3):
+            measuring.ask("accuracy", tmp_path / f"run{n}")
+        measuring.jobs.clear()
+    assert asked == given
 
 
 def test_torn_between_two_tables_a_measurement_counts_as_missing(study, toy_runs, tmp_path, monkeypatch):

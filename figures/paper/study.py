@@ -7,11 +7,13 @@ short goes on with what is missing: a measurement counts once its row is in meas
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +27,8 @@ from torch import Tensor
 
 from cil import checkpoint, data, recipes
 from cil.checkpoint import RunDir
-from cil.files import git_state
+from cil.device import spread
+from cil.files import git_state, reason_of
 from locality_probe import spectra, survey, transfer
 from locality_probe.images import load_images
 from locality_probe.intervals import CODES
@@ -273,16 +276,21 @@ class Measuring:
     """Measures (kind, run directory) in processes side by side, and puts each into the study as it comes.
 
     Inside `with`, `ask` hands work in and `collect` takes in what is done; leaving waits for the rest, or on an exception
-    drops it. `failed` holds a sentence for each measurement that could not be made; the others are there all the same.
+    drops it. `failed` holds a sentence for each measurement that could not be made; the others are there all the same. On
+    several GPUs, each measurement is given the next.
     """
 
     def __init__(self, study: Study, sizes: Sizes, data_dir: str, device: str, workers: int):
-        self.study, self.settings = study, (sizes, data_dir, device)
-        # Ctrl-C is for this process alone.
-        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        self.study, self.settings, self.devices = study, (sizes, data_dir), itertools.cycle(spread(device))
+        self.workers = workers
+        self.pool = self._new_pool()
         self.jobs: dict[Future, tuple[str, Path]] = {}
         self.asked: set[tuple[str, Path]] = set()
         self.failed: list[str] = []
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        # Ctrl-C is for this process alone.
+        return ProcessPoolExecutor(self.workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
     def __enter__(self) -> Measuring:
         return self
@@ -291,18 +299,47 @@ class Measuring:
         """Measure one kind of a finished run; what was asked for already is not done twice."""
         if (kind, path) not in self.asked:
             self.asked.add((kind, path))
-            self.jobs[self.pool.submit(measure, kind, path, *self.settings)] = kind, path
+            self._submit(kind, path)
+
+    def _submit(self, kind: str, path: Path) -> Future:
+        try:
+            job = self.pool.submit(measure, kind, path, *self.settings, next(self.devices))
+        except BrokenProcessPool:  # found out now: those that were under way are looked at in `collect`
+            self.pool = self._new_pool()
+            return self._submit(kind, path)
+        self.jobs[job] = kind, path
+        return job
 
     def collect(self, wait: bool = False, report: Callable[[str], None] = lambda done: None) -> None:
-        """Put into the study what is done, or with `wait` all that was asked for."""
+        """Put into the study what is done, or with `wait` all that was asked for.
+
+        A process that is killed takes all that are under way with it: those are then measured one by one, so that the one
+        that is at fault fails alone.
+        """
         done = as_completed(list(self.jobs)) if wait else [job for job in self.jobs if job.done()]
+        again: list[tuple[str, Path]] = []
         for job in done:
             kind, path = self.jobs.pop(job)
-            try:
-                self.study.add(path.name, *job.result())
-            except (ValueError, OSError) as error:
-                self.failed.append(f"{kind} of {path.name}: {error}")
+            if isinstance(job.exception(), BrokenProcessPool):
+                again.append((kind, path))
+                continue
+            self._take(job, kind, path)
             report(path.name)
+        for kind, path in again:
+            job = self._submit(kind, path)
+            self.jobs.pop(job)
+            self._take(job, kind, path)
+            report(path.name)
+
+    def _take(self, job: Future, kind: str, path: Path) -> None:
+        """What a job has measured, once it is done; a sentence where it failed."""
+        try:
+            self.study.add(path.name, *job.result())
+        except BrokenProcessPool:
+            self.failed.append(f"{kind} of {path.name}: its process was killed; is memory full?")
+        except Exception as error:  # whatever it is, it is this measurement's alone
+            reason = error if isinstance(error, (ValueError, OSError)) else reason_of(error)
+            self.failed.append(f"{kind} of {path.name}: {reason}")
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -38,18 +39,39 @@ class OneSentence(click.Command):
 
 @contextlib.contextmanager
 def one_sentence(context: click.Context) -> Iterator[None]:
-    """ValueError and OSError of the body as what click prints in one sentence."""
+    """ValueError, OSError and want of memory in the body, as what click prints in one sentence."""
     try:
         yield
     except Typed as error:
         raise click.UsageError(str(error), context) from None
     except ValueError as error:
         raise click.ClickException(str(error)) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        raise click.ClickException(out_of_memory(context.info_name or "", error)) from None
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
         place = f"{error.filename}: " if error.filename else ""
         raise click.ClickException(f"{place}{error.strerror or error}") from None
+
+
+ADVICE = {  # where a device's memory is too small, by command
+    "train": "several processes (torchrun --nproc-per-node 2 -m locality_probe train ...), which go on with the same run, or "
+    "in another --out a smaller --set batch_size or --set amp=bf16",
+    "sweep": "a smaller --set batch_size, --set amp=bf16, or fewer --workers",
+    "reproduce": "fewer --workers, or --device cpu",
+}
+
+
+def out_of_memory(command: str, error: RuntimeError) -> str:
+    """In a sentence, with what helps."""
+    where = "the GPU's memory" if "CUDA" in str(error) else "memory"
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
+    more = f", which wanted {wanted[1]} more" if wanted else ""
+    advice = ADVICE.get(command, "--device cpu, or a device with more memory")
+    return f"{where} is too small for this work{more}; what helps: {advice}"
 
 
 command = functools.partial(click.command, cls=OneSentence)

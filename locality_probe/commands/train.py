@@ -52,7 +52,8 @@ def train_command(recipe, settings, out, data_dir, download, dry_run, threads, d
         describe_plan(run, device, click.echo)
         return
     with resumable(), parallel.processes(device) as here, training(out.name, parallel.rank() == 0) as report:
-        directory, first = train(run, out, here, report), parallel.rank() == 0
+        first = parallel.rank() == 0
+        directory = train(run, out, here, report, warn if first else lambda sentence: None)
     if first:
         done = f"tasks {directory.tasks[0]} to {directory.tasks[-1]} finished"
         say(f"{directory.path}: {done}; {format_scores(directory.written('accuracy'), directory.run.training)}")

@@ -5,11 +5,14 @@ import multiprocessing
 import signal
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from conftest import flat
 
 from cil import recipes
 from cil.checkpoint import is_locked, open_run
 from figures.paper import demo
+from figures.paper.demo import what_was_seen
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +59,18 @@ def test_workers_end_with_their_parent(tmp_path):
     else:
         pytest.fail("the worker still holds the run directory")
     assert not open_run(out).finished
+
+
+def test_the_last_line_says_what_was_seen():
+    rows = [
+        {"pair": pair, "training": training, "task": task, "d_loc": start + task * step}
+        for pair, start in (("demo-baseline", 2.0), ("demo-baseline-lpa", 1.5))
+        for training, step in (("incremental", 0.1), ("joint", -0.05))
+        for task in (-1, 0, 1, 2, 3)
+    ]
+    said = what_was_seen(pd.DataFrame(rows), {"demo-baseline": 0.768, "demo-baseline-lpa": 0.862})
+    assert flat(said) == (
+        "Seen, with one seed: from the first task to the last, mean D_loc in patches of the baseline went from 2.00 to 2.30 "
+        "(joint training: 2.00 to 1.85) and ended at an accuracy of 77 %; that of the baseline with LPA went from 1.50 to 1.80 "
+        "(joint training: 1.50 to 1.35) and ended at an accuracy of 86 %."
+    )

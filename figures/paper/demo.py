@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from cil import checkpoint, data, sweep
-from cil.evaluate import format_scores
+from cil import checkpoint, data, sweep, text
+from cil.evaluate import format_scores, scores
 from figures import attention_maps, nonlocality_over_tasks, style
 from locality_probe import survey
 from locality_probe.heatmap import heat_maps, parse_checkpoint
@@ -60,6 +61,25 @@ def run_demo(out: Path, echo: Callable[[str], None], device: str = "cpu", thread
     ]:
         echo(f"  {path}")
     echo(f"Next:\n  locality-probe heatmap {out / 'digit.png'} --head all \\\n      --ckpt {out / PAIRS[0]}")
+    last = {name: scores(checkpoint.open_run(out / name).written("accuracy"))["Last"] for name in PAIRS}
+    echo(what_was_seen(result.nonlocality, last))
+
+
+def what_was_seen(nonlocality: pd.DataFrame, last: dict[str, float]) -> str:
+    """The demonstration's result in a sentence: mean D_loc over tasks, of CIL and joint training, and accuracy.
+
+    nonlocality: rows of NONLOCALITY of PAIRS and their joint twins; last: the score Last of each of PAIRS, 0 to 1.
+    """
+    mean = nonlocality[nonlocality["task"] >= 0].groupby(["pair", "training", "task"])["d_loc"].mean()
+    parts = []
+    for pair, what in zip(PAIRS, ("the baseline", "the baseline with LPA"), strict=True):
+        cil, joint = mean[pair, "incremental"], mean[pair, "joint"]
+        parts.append(
+            f"{what} went from {cil.iloc[0]:.2f} to {cil.iloc[-1]:.2f} (joint training: {joint.iloc[0]:.2f} to "
+            f"{joint.iloc[-1]:.2f}) and ended at an accuracy of {100 * last[pair]:.0f} %"
+        )
+    distance = "Seen, with one seed: from the first task to the last, mean D_loc in patches of"
+    return text.prose(f"{distance} {'; that of '.join(parts)}.")
 
 
 def train_all(names: list[str], out: Path, device: str = "cpu", threads: int = 1) -> None:

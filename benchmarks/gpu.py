@@ -29,7 +29,7 @@ PRECISIONS = {"float32": {}, "tf32": {"matmul": "tf32"}, "bf16": {"amp": "bf16"}
 
 
 def launched(learner) -> None:
-    learner.learn.possible = False
+    learner.replay.possible = False
 
 
 def compiled(learner) -> None:

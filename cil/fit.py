@@ -224,9 +224,8 @@ class Learner:
         augment.make_constants(dataset.mean, dataset.std, str(self.sums.device))
         groups, self.learning_rate = model.parameter_groups(run.weight_decay), run.lr
         self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        self.learn: Callable[[tuple], None] = self.plainly
-        if torch.device(device).type == "cuda" and torch.cuda.is_available() and parallel.size() == 1:
-            self.learn = Replay(self.attempt, model.parameters(), self.sums)
+        graphs = torch.device(device).type == "cuda" and torch.cuda.is_available() and parallel.size() == 1
+        self.replay = Replay(model.parameters(), self.sums) if graphs else None
 
     def set_learning_rate(self, lr: float) -> None:
         self.learning_rate = lr
@@ -251,8 +250,11 @@ class Learner:
             self.learn((x, parallel.own(y), taught, mine, whole, drawn))
         self.optimizer.step()
 
-    def plainly(self, parts: tuple) -> None:
-        """`attempt` on what is sent now, with gradients that were not there before."""
+    def learn(self, parts: tuple) -> None:
+        """`attempt` on these parts once they are sent, with gradients that were not there before."""
+        if self.replay is not None:
+            self.replay(self.attempt, parts)
+            return
         self.optimizer.zero_grad(set_to_none=True)
         self.attempt(*send(parts, self.device))
 
@@ -262,8 +264,6 @@ class Learner:
             self.on_device(*parts)
         except RuntimeError as error:
             excuse(error)
-            for path, _ in self.drop_paths:
-                path.kept.clear()
             self.optimizer.zero_grad(set_to_none=True)
             self.on_device(*parts)
 
@@ -274,6 +274,8 @@ class Learner:
         run = self.run
         x = self.dataset.train.pixels(x)
         x, targets = augmented(run, x, y, self.num_classes, self.dataset, drawn)
+        for path, _ in self.drop_paths:
+            path.kept.clear()  # what work that failed has left
         for (path, _), kept in zip(self.drop_paths, drawn.drop_path, strict=True):
             path.kept.append(kept)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=run.amp == "bf16"):

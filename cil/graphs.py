@@ -16,31 +16,31 @@ MOST = 8  # graphs that are kept; work of further layouts is done as it comes
 
 
 class Replay:
-    """`work(*parts)` on CUDA, where parts are tuples and lists of CPU tensors and other things: by one copy, one launch.
+    """A piece of work on CUDA, by one copy and one launch: called with `work` and its `parts`, for work(*parts).
 
-    The work reads its parts, adds to `sums`, which stays where it is, and leaves gradients of `parameters` behind. It is
-    captured when a layout of parts (cil.device.layout) is seen for the first time. The same kernels run as without a graph,
-    and give the same numbers. Work that cannot be captured, because it waits for the GPU, say, is done as it comes, with a
-    warning.
+    parts: tuples and lists of CPU tensors and other things. The work is the same in every call. It reads its parts, adds to
+    `sums`, which stays where it is, and leaves gradients of `parameters` behind. It is captured when a layout of parts
+    (cil.device.layout) is seen for the first time. The same kernels run as without a graph, and give the same numbers. Work
+    that cannot be captured, because it waits for the GPU, say, is done as it comes, with a warning.
     """
 
-    def __init__(self, work: Callable[..., None], parameters: Iterable[Tensor], sums: Tensor):
-        self.work, self.parameters, self.sums, self.device = work, list(parameters), sums, sums.device
+    def __init__(self, parameters: Iterable[Tensor], sums: Tensor):
+        self.parameters, self.sums, self.device = list(parameters), sums, sums.device
         self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]] = {}
         self.possible = True
 
-    def __call__(self, parts: Any) -> None:
+    def __call__(self, work: Callable[..., None], parts: Any) -> None:
         packet, key = pack(parts), layout(parts)
         if self.possible and key not in self.captured and len(self.captured) < MOST:
             try:
-                self.captured[key] = self.capture(parts, packet)
+                self.captured[key] = self.capture(work, parts, packet)
             except RuntimeError as error:
                 self.possible = False
                 reason = str(error).splitlines()[0]
                 warnings.warn(f"steps of this network are not captured as CUDA graphs: {reason}", stacklevel=2)
                 torch.cuda.synchronize(self.device)
         if key not in self.captured:
-            self.plainly(parts, packet.to(self.device, non_blocking=True))
+            self.plainly(work, parts, packet.to(self.device, non_blocking=True))
             return
         graph, there, gradients = self.captured[key]
         there.copy_(packet, non_blocking=True)
@@ -48,26 +48,30 @@ class Replay:
             parameter.grad = gradient
         graph.replay()
 
-    def plainly(self, parts: Any, packet: Tensor) -> None:
+    def plainly(self, work: Callable[..., None], parts: Any, packet: Tensor) -> None:
         """The work on parts that are in a packet on the device, with gradients that were not there before."""
         for parameter in self.parameters:
             parameter.grad = None
-        self.work(*unpack(parts, packet))
+        work(*unpack(parts, packet))
 
-    def capture(self, parts: Any, packet: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]:
+    def capture(
+        self, work: Callable[..., None], parts: Any, packet: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]:
         """A graph of the work, the packet that it reads, and the gradients that it writes, in the order of `parameters`."""
         there, before = packet.to(self.device), self.sums.clone()
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self.plainly(parts, there)
-        torch.cuda.current_stream(self.device).wait_stream(aside)
-        self.sums.copy_(before)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self.plainly(work, parts, there)
+            torch.cuda.current_stream(self.device).wait_stream(aside)
+        finally:
+            self.sums.copy_(before)
         for parameter in self.parameters:
             parameter.grad = None
         graph = torch.cuda.CUDAGraph()
         pool = next((graph.pool() for graph, *_ in self.captured.values()), None)
         with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-            self.work(*unpack(parts, there))
+            work(*unpack(parts, there))
         return graph, there, [parameter.grad for parameter in self.parameters]

@@ -198,12 +198,13 @@ class IncrementalTimm(Incremental):
                 if isinstance(child, timm.layers.DropPath):
                     setattr(module, child_name, DropPath(child.drop_prob))
 
-        layers = timm.models.group_parameters(self.backbone, cast(Any, self.backbone).group_matcher(coarse=False))
-        blocks = len(getattr(self.backbone, "blocks", layers))
-        if run.frozen_blocks > blocks:
-            raise ValueError(f"frozen_blocks={run.frozen_blocks} is more than the {blocks} blocks of {run.model}")
-        shallow = range(run.frozen_blocks + 1 if run.frozen_blocks else 0)  # layer 0 is the patch embedding
-        self.kept = frozenset(f"backbone.{name}" for layer in shallow for name in layers[layer])
+        if run.frozen_blocks:
+            layers = timm.models.group_parameters(self.backbone, cast(Any, self.backbone).group_matcher(coarse=False))
+            blocks = len(getattr(self.backbone, "blocks", layers))
+            if run.frozen_blocks > blocks:
+                raise ValueError(f"frozen_blocks={run.frozen_blocks} is more than the {blocks} blocks of {run.model}")
+            shallow = range(run.frozen_blocks + 1)  # layer 0 is the patch embedding
+            self.kept = frozenset(f"backbone.{name}" for layer in shallow for name in layers[layer])
 
     # Where the instrument finds grid and prefix tokens.
     patch_embed = property(lambda self: self.backbone.patch_embed)

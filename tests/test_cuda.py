@@ -1,5 +1,6 @@
 """Training on a simulated CUDA device: the CPU's losses, one copy a step, nothing waited for between two readings."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -167,3 +168,131 @@ def test_precision_of_training_does_not_outlast_it(matmul):
         ] * 2 and torch.are_deterministic_algorithms_enabled()
         raise RuntimeError
     assert not any(b.allow_tf32 for b in backends) and not torch.are_deterministic_algorithms_enabled()
+
+
+class Graph:
+    """A CUDA graph in place of torch's: replayed, it does the work again on what its packet holds by then."""
+
+    def pool(self):
+        return 0, 0
+
+    def replay(self):
+        _, there, gradients = next(entry for entry in self.owner.captured.values() if entry[0] is self)
+        for parameter in self.owner.parameters:
+            parameter.grad = None
+        self.work(*device.unpack(self.parts, there))
+        for parameter, gradient in zip(self.owner.parameters, gradients, strict=True):
+            gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+        self.replays += 1
+
+
+@pytest.fixture
+def replay(monkeypatch):
+    """A Replay of a small model's work, on the CPU, with Graph; and that work."""
+    model, sums = torch.nn.Linear(3, 2), torch.zeros(1)
+    made = Replay(model.parameters(), sums)
+
+    def work(x, weight, factor):
+        loss = (weight * model(x).square().mean()) * factor
+        loss.backward()
+        sums.add_(loss.detach())
+
+    @contextlib.contextmanager
+    def capturing(graph, **_):
+        before = sums.clone()
+        yield
+        sums.copy_(before)  # a capture does nothing
+        graph.owner, graph.work, graph.replays = made, work, 0
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    for name, fake in {
+        "Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext, "CUDAGraph": Graph,
+        "graph": capturing, "synchronize": lambda device: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return made, work, model, sums
+
+
+def parts_of(rows, factor=1):
+    return torch.randn(rows, 3), torch.rand(()), factor
+
+
+def test_graphs_are_captured_by_layout_and_read_what_is_sent(replay):
+    made, work, model, sums = replay
+    for turn, parts in enumerate([parts_of(4), parts_of(4), parts_of(5), parts_of(4, factor=2), parts_of(4)]):
+        model.zero_grad(set_to_none=True)
+        before = sums.clone()
+        work(*parts)
+        expected, loss = [p.grad.clone() for p in model.parameters()], sums - before
+        sums.copy_(before)
+        capture = Replay.capture
+
+        def with_parts(self, work, parts, packet, capture=capture):
+            found = capture(self, work, parts, packet)
+            found[0].parts = parts
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Replay, "capture", with_parts)
+            made(work, parts)
+        torch.testing.assert_close(sums, before + loss)
+        for p, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+        assert len(made.captured) == [1, 1, 2, 3, 3][turn]
+    assert [graph.replays for graph, *_ in made.captured.values()] == [3, 1, 1]
+
+
+def test_work_that_cannot_be_captured_is_done_as_it_comes(replay):
+    made, work, _, sums = replay
+
+    def waiting(*parts):
+        waiting.calls += 1
+        work(*parts)
+        if waiting.calls == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    waiting.calls = 0
+    parts = parts_of(4)
+    work(*parts)
+    once = sums.clone()
+    sums.zero_()
+    with pytest.warns(
+        UserWarning, match="not captured as CUDA graphs: operation not permitted when stream is capturing$"
+    ):
+        made(waiting, parts)
+    torch.testing.assert_close(sums, once)
+    made(waiting, parts)
+    torch.testing.assert_close(sums, 2 * once)
+    assert not made.captured
+
+
+def test_what_has_no_deterministic_kernel_is_done_all_the_same(toy, tmp_path, monkeypatch):
+    """With a warning, and with the draws of stochastic depth that the step has."""
+    run, real, failed = dataclasses.replace(toy, num_classes=2, drop_path=0.5), Learner.on_device, []
+    whole = train(run, tmp_path / "whole")
+
+    def once(self, *parts):
+        if not failed:
+            failed.append(1)
+            real(self, *parts)
+            self.sums.zero_()
+            self.drop_paths[0][0].kept.append(torch.zeros(len(parts[1])))
+            raise RuntimeError(
+                "adaptive_pool_backward_cuda does not have a deterministic implementation, but you set it. And"
+            )
+        real(self, *parts)
+
+    monkeypatch.setattr(Learner, "on_device", once)
+    try:
+        with pytest.warns(UserWarning, match="differ by rounding: adaptive_pool_backward_cuda does not have a determ"):
+            again = train(run, tmp_path / "again")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert whole.weights_path(0).read_bytes() == again.weights_path(0).read_bytes()

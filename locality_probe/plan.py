@@ -4,25 +4,60 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cil import checkpoint
 from cil.checkpoint import RunDir
+from cil.files import read_json
 from cil.tables import AFTER
 from locality_probe.images import ProbeImages, load_images
 from locality_probe.subject import Subject, from_file, from_model_option, from_run, is_task_of_run
-from locality_probe.tables import INITIAL
+from locality_probe.tables import INITIAL, NONLOCALITY
 from locality_probe.typed import typed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `measure` will do: subjects, loaded when called; the images; the folder for the tables."""
+    """What `measure` will do: subjects, loaded when called; the images; the folder for the tables; the names of the runs, and
+    the tasks of them that were asked for, none for all."""
 
     subjects: list[Callable[[], Subject]]
     images: ProbeImages
     out: Path
+    names: tuple[str, ...] = ()
+    tasks: tuple[int, ...] = ()
+    asked: dict[str, str] = field(default_factory=dict)  # how a model that is no run was made
+
+    def check_replaces(self, out: Path) -> None:
+        """Raises ValueError where `out` holds a measurement of which this one would not replace all: on other images, of runs
+        or tasks that are not measured now."""
+        described, table = out / "measurement.json", out / "nonlocality.csv"
+        if not described.is_file() and not table.is_file():
+            return
+        differ = []
+        there = read_json(described) if described.is_file() else {}
+        images, now = (there.get("images") if isinstance(there, dict) else None), self.images.describe()
+        if isinstance(images, dict) and images.get("sha256") != now["sha256"]:
+            same = (images.get("source"), images.get("n")) == (now["source"], now["n"])
+            of = "others" if same else f"{now['n']} of {now['source']}"
+            differ.append(f"on {images.get('n')} images of {images.get('source')}, now {of}")
+        before = there.get("model") if isinstance(there, dict) else None
+        if isinstance(before, dict) and before != self.asked:
+            differ.append(
+                f"of {' '.join(map(str, before.values()))}, now of {' '.join(self.asked.values()) or 'others'}"
+            )
+        if table.is_file():
+            rows = NONLOCALITY.read(table)
+            gone = sorted(set(rows["run"]) - set(self.names))
+            if gone:
+                differ.append(f"of {', '.join(gone)}, now of {', '.join(self.names)}")
+            elif self.tasks and (left := sorted(set(rows["task"]) - {INITIAL, *self.tasks})):
+                differ.append(f"of task {', '.join(map(str, left))} too")
+        if differ:
+            raise ValueError(
+                f"{out} holds another measurement ({'; '.join(differ)}): give another --out, or --force to replace it"
+            )
 
 
 def make_plan(
@@ -38,17 +73,20 @@ def make_plan(
     if model:
         subject = from_model_option(model, weights, pretrained, warn, image_size)
         subject = replace(subject, grid=grid, num_prefix_tokens=num_prefix_tokens)
-        return Plan([lambda: subject], load_images(images or "photos", n, seed, data_dir or "data"), Path("."))
+        drawn = load_images(images or "photos", n, seed, data_dir or "data")
+        start = str(weights) if weights else "pretrained" if pretrained else "untrained"
+        asked = {"name": model, "weights": start} | ({"image_size": str(image_size)} if image_size else {})
+        return Plan([lambda: subject], drawn, Path("."), (subject.run,), asked=asked)
     files = list(dict.fromkeys(Path(c) for c in ckpts if Path(c).is_file()))
     given = [checkpoint.open_run(c) for c in ckpts if Path(c) not in files]
     directories, tasks = with_twins(given, warn), list(dict.fromkeys(tasks or ()))
     if not twins:
         directories = [d for d in directories if d.path in {g.path for g in given}]
     subjects: list[Callable[[], Subject]] = []
-    asked = {d.path for d in given}
+    of_user = {d.path for d in given}
     for directory in directories:
         # A twin that was not asked for may lack some of the tasks.
-        wanted = tasks if directory.path in asked else [t for t in tasks if t in directory.tasks]
+        wanted = tasks if directory.path in of_user else [t for t in tasks if t in directory.tasks]
         subjects += subjects_of([directory], wanted) if wanted or not tasks else []
     subjects += [functools.partial(from_file, path) for path in files]
     runs_of_files = {p.parent: checkpoint.open_run(p.parent) for p in files if is_task_of_run(p)}
@@ -62,7 +100,8 @@ def make_plan(
         images, classes = runs[0].run.dataset, sorted(set().union(*(d.class_order for d in runs)))
     data_dir = data_dir or (runs[0].run.data_dir if runs else "data")
     out = given[0].path if given else Path(".")
-    return Plan(subjects, load_images(images, n, seed, data_dir, classes), out)
+    names = [*(d.name for d in directories), *(d.name for d in runs_of_files.values()), *(name for name, _ in others)]
+    return Plan(subjects, load_images(images, n, seed, data_dir, classes), out, tuple(names), tuple(tasks))
 
 
 def _refuse_equal_names(places: list[tuple[str, Path]]) -> None:

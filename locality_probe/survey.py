@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,11 @@ class Survey:
     intervals: pd.DataFrame
     images: dict[str, object]
 
-    def write(self, out: str | Path) -> list[Path]:
-        """nonlocality.csv, intervals.csv, nonlocality_images.parquet, layers.csv and measurement.json in the folder `out`."""
+    def write(self, out: str | Path, model: Mapping[str, str] | None = None) -> list[Path]:
+        """nonlocality.csv, intervals.csv, nonlocality_images.parquet, layers.csv and measurement.json in the folder `out`.
+
+        model: how a model that is no run was made.
+        """
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         paths = [
@@ -40,7 +43,7 @@ class Survey:
             LAYERS.write(self.layers, out / "layers.csv"),
             INTERVALS.write(self.intervals, out / "intervals.csv"),
         ]
-        write_provenance(out / "measurement.json", {"images": self.images})
+        write_provenance(out / "measurement.json", {"images": self.images} | ({"model": dict(model)} if model else {}))
         return [NONLOCALITY.write(self.nonlocality, out / "nonlocality.csv"), *paths, out / "measurement.json"]
 
 

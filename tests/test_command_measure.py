@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from conftest import flat, golden, run_ok
+from conftest import flat, golden, invoke, run_ok
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -128,7 +128,7 @@ def test_several_runs_and_tasks(runs):
 def test_a_twin_that_lacks_a_task_is_measured_where_it_is(runs):
     (runs / "toy-joint" / "task_02.safetensors").unlink()
     for tasks, there in (([], {-1, 0, 1}), ([1, 2], {-1, 1}), ([2], set())):
-        run_ok("measure", "runs/toy", "--n", 1, *(word for task in tasks for word in ("--task", task)))
+        run_ok("measure", "runs/toy", "--n", 1, *(word for task in tasks for word in ("--task", task)), "--force")
         rows = NONLOCALITY.read("runs/toy/nonlocality.csv")
         assert set(rows.query("run == 'toy'")["task"]) == {INITIAL, *(tasks or (0, 1, 2))}
         assert set(rows.query("run == 'toy-joint'")["task"]) == there
@@ -202,7 +202,7 @@ def test_every_source_of_images(runs):
     tables = {}
     sources = {"x.npy": 4, "double.npy": 4, "x.npz": 4, "one.npz": 4, "pngs": 3, "digits": 256, "photos": 2}
     for source, n in sources.items():
-        run_ok("measure", "runs/toy", "--task", 0, "--images", source, "--out", "out")
+        run_ok("measure", "runs/toy", "--task", 0, "--images", source, "--out", "out", "--force")
         tables[source] = NONLOCALITY.read("out/nonlocality.csv")
         assert set(tables[source]["images"]) == {n}, source
         assert json.loads(Path("out/measurement.json").read_text())["images"]["source"].startswith(source)
@@ -234,10 +234,62 @@ def test_timm_model(here):
     torch.save(model.state_dict(), "w.pth")
     tables = {}
     for weights in ("w.safetensors", "w.pth"):
-        result = run_ok("measure", "--model", "timm/test_vit", "--weights", weights)
+        result = run_ok("measure", "--model", "timm/test_vit", "--weights", weights, "--force")
         assert result.stderr == ""
         titles = [line.split()[1:] for line in result.stdout.splitlines() if line.lstrip().startswith("task")]
         assert list(chain(*titles)) == [word for x in range(6) for word in ("layer", str(x), "Attention")]
         tables[weights] = NONLOCALITY.read("nonlocality.csv")
     pd.testing.assert_frame_equal(*tables.values())
     assert (tables["w.pth"]["d_loc"] != rows["d_loc"]).all()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("again", "words"),
+    [
+        (["runs/toy", "--n", 3], "on 4 images of digits, test, now 3 of digits, test"),
+        (["runs/toy", "--n", 4, "--seed", 1], "on 4 images of digits, test, now others"),
+        (["runs/toy", "--n", 4, "--images", "photos", "--n", 2], "on 4 images of digits, test, now 2 of photos"),
+        (["runs/toy", "--n", 4, "--task", 1], "of task 0, 2 too"),
+        (["runs/toy-joint", "--n", 4, "--out", "runs/toy"], "of toy, now of toy-joint"),
+    ],
+)
+def test_another_measurement_is_not_replaced_without_a_word(runs, again, words):
+    run_ok("measure", "runs/toy", "--n", 4)
+    before = files_of("runs/toy")
+    result = invoke("measure", *again)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert f"runs/toy holds another measurement ({words}): give another --out, or --force to replace it" in flat(
+        result.output
+    )
+    assert files_of("runs/toy") == before
+    run_ok("measure", "runs/toy", "--n", 4)  # the same again
+    assert files_of("runs/toy").keys() == before.keys()
+    run_ok("measure", *again, "--force")
+    assert files_of("runs/toy")["nonlocality.csv"] != before["nonlocality.csv"]
+
+
+def test_a_run_that_has_gone_on_is_measured_again(runs):
+    run_ok("measure", "runs/toy", "--n", 2, "--task", 0)
+    run_ok("measure", "runs/toy", "--n", 2)
+    assert set(NONLOCALITY.read("runs/toy/nonlocality.csv").query("run == 'toy'")["task"]) == {INITIAL, 0, 1, 2}
+
+
+def test_json_alone_writes_nothing(runs):
+    before = files_of("runs/toy")
+    rows = json.loads(run_ok("measure", "runs/toy", "--n", 2, "--json").stdout)
+    assert files_of("runs/toy") == before and not Path("nonlocality.csv").exists()
+    assert json.loads(run_ok("measure", "runs/toy", "--n", 2, "--json", "--out", "tables").stdout) == rows
+    assert len(NONLOCALITY.read("tables/nonlocality.csv")) == len(rows)
+
+
+def test_other_weights_of_the_same_model_are_another_measurement(here):
+    save_file(timm.create_model("test_vit").state_dict(), "a.safetensors")
+    run_ok("measure", "--model", "timm/test_vit", "--weights", "a.safetensors")
+    result = invoke("measure", "--model", "timm/test_vit")
+    assert result.exit_code == 1 and "of timm/test_vit a.safetensors, now of timm/test_vit untrained" in flat(
+        result.output
+    )

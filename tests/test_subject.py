@@ -112,7 +112,7 @@ def test_torchvision_model(pictures):
     assert subject.preprocess(Image.open("pictures/0.png")).shape == (3, 224, 224)
     torch.save(subject.model.state_dict(), "weights.pth")
     for line in (("--weights", "weights.pth"), ()):
-        run_ok("measure", "--model", "torchvision/vit_b_32", *line, "--images", pictures, "--out", "out")
+        run_ok("measure", "--model", "torchvision/vit_b_32", *line, "--images", pictures, "--out", "out", "--force")
         table = NONLOCALITY.read("out/nonlocality.csv")
         assert len(table) == 12 * 12 and table["d_uniform"].iloc[0] == pytest.approx(3.609465, abs=1e-6)
 

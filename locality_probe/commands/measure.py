@@ -25,16 +25,19 @@ from locality_probe.typed import Typed
 @options.tasks
 @options.data("where the run found it")
 @options.out("Folder for the tables.  [default: the first CKPT_DIR, or .]")
-@options.as_json("the rows of nonlocality.csv")
+@click.option("--force", is_flag=True, help="Replace another measurement in that folder.")
+@options.as_json("the rows of nonlocality.csv", "write no tables unless there is --out")
 @options.threads
 @options.device()
 def measure_command(
-    ckpts, model, weights, pretrained, image_size, grid, prefix, images, n, seed, tasks, data_dir, out, as_json, threads, device
+    ckpts, model, weights, pretrained, image_size, grid, prefix, images, n, seed, tasks, data_dir, out, force, as_json,
+    threads, device,
 ) -> None:  # fmt: skip
     """Nonlocality D_loc of every task, layer and head of runs, with the joint twin beside each if it is there.
 
     Writes nonlocality.csv, 95 % intervals over images and, for several runs, over seeds (intervals.csv), per-image values
-    (nonlocality_images.parquet), layers.csv (what was measured and what was skipped, and why) and measurement.json.
+    (nonlocality_images.parquet), layers.csv (what was measured and what was skipped, and why) and measurement.json. The
+    same again replaces them; a measurement of others, or on other images, is not replaced without --force.
     """
     if bool(ckpts) == bool(model):
         raise Typed("give run directories or weights files, or --model timm/NAME")
@@ -54,11 +57,14 @@ def measure_command(
         list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir,
         warn=warn, grid=grid, num_prefix_tokens=prefix, image_size=image_size,
     )  # fmt: skip
-    out = out or plan.out
-    options.check_folder(out)
+    written = out or (None if as_json else plan.out)
+    if written is not None:
+        options.check_folder(written)
+        if not force:
+            plan.check_replaces(written)
     with counter(len(plan.subjects), "models measured") as report:
         result = survey.survey((make() for make in plan.subjects), plan.images, device, report)
-    paths = result.write(out)
+    paths = result.write(written, plan.asked) if written is not None else []
     if as_json:
         click.echo(result.nonlocality.to_json(orient="records", double_precision=15))
         return

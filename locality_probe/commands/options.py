@@ -101,8 +101,8 @@ def out(what: str, default: Path | None = None) -> Option:
     return click.option("--out", type=Filled(Path), default=default, show_default=default is not None, help=what)
 
 
-def as_json(what: str) -> Option:
-    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as one JSON list, nothing else.")
+def as_json(what: str, more: str = "print nothing else") -> Option:
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as one JSON list, and {more}.")
 
 
 def placement(command: Callable) -> Callable:

@@ -85,6 +85,8 @@ LIGHT = {
     "functools",
     "os",
     "re",
+    "signal",
+    "threading",
     "sys",
     "collections",
     "dataclasses",

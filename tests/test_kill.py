@@ -10,9 +10,12 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -186,3 +189,49 @@ def test_second_trainer_refuses(toy, tmp_path):
         train(toy, tmp_path / "toy")
     process.kill()
     process.join()
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["measure", "{runs}/toy", "--images", "{images}", "--out", "tables"],
+        ["spectrum", "{runs}/toy", "--out", "tables"],
+        ["reproduce", "--scale", "demo", "--out", "tables"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_are_asked_to_end_do_so(command, asked, toy_runs, tmp_path):
+    """With one line and exit code 1, at whatever they are; nothing half-written stays."""
+    np.save(tmp_path / "images.npy", np.zeros((20_000, 3, 8, 8), dtype=np.float32))
+    words = [word.format(runs=toy_runs, images=tmp_path / "images.npy") for word in command]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | environment, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "under way\n"
+    process.send_signal(asked)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert said.strip().splitlines()[-1] in ("Aborted!", "Error: interrupted; the same command goes on where it was")
+    assert not [
+        p
+        for p in tmp_path.rglob("*")
+        if ".part" in p.name or (p.suffix in (".csv", ".parquet") and p.name != "sweep.csv")
+    ]
+
+
+# The command line, of which the first forward pass says that it is under way, and then takes its time.
+SLOWLY = """
+import sys, time, torch
+real, told = torch.nn.Module.__call__, []
+def slow(self, *arguments, **named):
+    if not told:
+        told.append(print("under way", flush=True))
+        time.sleep(20)
+    return real(self, *arguments, **named)
+torch.nn.Module.__call__ = slow
+from locality_probe.cli import main
+main(sys.argv[1:])
+"""

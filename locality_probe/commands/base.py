@@ -7,7 +7,9 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import click
@@ -29,12 +31,30 @@ class OneSentence(click.Command):
     """A command that fails with one clear sentence: exit code 2 for what was typed wrongly, 1 for everything else."""
 
     def invoke(self, context: click.Context) -> object:
-        with one_sentence(context):
+        with terminable(), one_sentence(context):
             return super().invoke(context)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         with one_sentence(context):  # callbacks of options look at paths
             return super().parse_args(context, args)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM in the body is Ctrl-C: what was under way leaves nothing half-written, and says so."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    alone = threading.current_thread() is not threading.main_thread()
+    if alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # whoever calls us has a way of its own
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -3,35 +3,67 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import errno
 import json
 import os
 import platform
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+_waiting: contextvars.ContextVar[list[tuple[Path, Path]] | None] = contextvars.ContextVar("waiting", default=None)
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """write(part), then give the file its name: a reader sees the old file or the whole new one, also after a crash.
 
-    write: is given a path beside `path`, and writes there. Nothing stays behind when it raises.
+    write: is given a path beside `path`, and writes there. Nothing stays behind when it raises. Inside `together` the file
+    gets its name with the others.
     """
     # Named by process and thread: of two writers at once the later one wins, and neither sees half a file.
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}.part")
+    waiting, kept = _waiting.get(), False
     try:
         write(part)
         with open(part, "rb") as file:  # also after a power cut
             os.fsync(file.fileno())
-        os.replace(part, path)
+        if waiting is None:
+            os.replace(part, path)
+        else:
+            waiting.append((part, path))
+            kept = True
     except OSError as error:  # "File too large" alone would not say which
         raise OSError(error.errno, error.strerror or str(error), error.filename2 or str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        if not kept:
+            part.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Files that the body writes `atomically` get their names when all are written; where one cannot be, none does.
+
+    Raises IsADirectoryError, before any has its name, where a folder has that name.
+    """
+    waiting: list[tuple[Path, Path]] = []
+    token = _waiting.set(waiting)
+    try:
+        yield
+        for _, path in waiting:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        for part, path in waiting:
+            os.replace(part, path)
+    finally:
+        _waiting.reset(token)
+        for part, _ in waiting:
+            part.unlink(missing_ok=True)
 
 
 def regular(path: str | Path) -> Path:

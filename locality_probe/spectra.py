@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cil import text
 from cil.checkpoint import RunDir
-from cil.files import write_provenance
+from cil.files import together, write_provenance
 from locality_probe.features import RunData, load
 from locality_probe.subject import Subject, from_run
 from locality_probe.tables import INITIAL, SPECTRUM, SPECTRUM_SUMMARY
@@ -171,10 +171,12 @@ class Spectra:
     def write(self, out: Path) -> list[Path]:
         """spectrum.parquet, spectrum_summary.csv and spectrum_measurement.json in the folder `out`."""
         out.mkdir(parents=True, exist_ok=True)
-        described = out / "spectrum_measurement.json"
-        write_provenance(described, {"images": self.images})
-        paths = [SPECTRUM_SUMMARY.write(self.summary, out / "spectrum_summary.csv")]
-        return [*paths, SPECTRUM.write(self.spectrum, out / "spectrum.parquet"), described]
+        with together():
+            return [
+                SPECTRUM_SUMMARY.write(self.summary, out / "spectrum_summary.csv"),
+                SPECTRUM.write(self.spectrum, out / "spectrum.parquet"),
+                write_provenance(out / "spectrum_measurement.json", {"images": self.images}),
+            ]
 
 
 def spectra(

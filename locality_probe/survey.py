@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cil import text
-from cil.files import write_provenance
+from cil.files import together, write_provenance
 from cil.tables import AFTER
 from locality_probe.images import ProbeImages
 from locality_probe.intervals import group_by_seed, intervals
@@ -38,13 +38,15 @@ class Survey:
         """
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        paths = [
-            NONLOCALITY_IMAGES.write(self.per_image, out / "nonlocality_images.parquet"),
-            LAYERS.write(self.layers, out / "layers.csv"),
-            INTERVALS.write(self.intervals, out / "intervals.csv"),
-        ]
-        write_provenance(out / "measurement.json", {"images": self.images} | ({"model": dict(model)} if model else {}))
-        return [NONLOCALITY.write(self.nonlocality, out / "nonlocality.csv"), *paths, out / "measurement.json"]
+        described = {"images": self.images} | ({"model": dict(model)} if model else {})
+        with together():
+            return [
+                NONLOCALITY.write(self.nonlocality, out / "nonlocality.csv"),
+                NONLOCALITY_IMAGES.write(self.per_image, out / "nonlocality_images.parquet"),
+                LAYERS.write(self.layers, out / "layers.csv"),
+                INTERVALS.write(self.intervals, out / "intervals.csv"),
+                write_provenance(out / "measurement.json", described),
+            ]
 
 
 def survey(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cil import text
 from cil.checkpoint import RunDir
-from cil.files import write_provenance
+from cil.files import together, write_provenance
 from locality_probe import survey
 from locality_probe.features import RunData, load
 from locality_probe.images import ProbeImages, load_images
@@ -110,11 +110,11 @@ class Transfer:
     def write(self, out: Path) -> list[Path]:
         """transfer.csv, cka.csv, transfer_locality.csv and transfer_measurement.json in the folder `out`."""
         out.mkdir(parents=True, exist_ok=True)
-        described = out / "transfer_measurement.json"
-        write_provenance(described, {"images": self.images})
         tables = {"transfer.csv": (TRANSFER, self.transfer), "cka.csv": (CKA, self.cka),
                   "transfer_locality.csv": (TRANSFER_LOCALITY, self.locality)}  # fmt: skip
-        return [*(table.write(frame, out / name) for name, (table, frame) in tables.items()), described]
+        with together():
+            paths = [table.write(frame, out / name) for name, (table, frame) in tables.items()]
+            return [*paths, write_provenance(out / "transfer_measurement.json", {"images": self.images})]
 
 
 def transfer(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cil import resume
 from cil.checkpoint import open_run
-from cil.files import atomically
+from cil.files import atomically, together
 
 pytestmark = pytest.mark.usefixtures("runs")
 TOY = Path("runs/toy")
@@ -157,3 +157,34 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
     atomically(target, write)
     assert len(set(seen)) == 2 and target.read_text() == seen[0] and not list(tmp_path.glob(".*.part"))
+
+
+def test_files_of_a_set_get_their_names_together_or_not_at_all(tmp_path):
+    old = {name: tmp_path / name for name in ("a", "b", "c")}
+    for path in old.values():
+        path.write_text("old")
+
+    def texts():
+        return {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+
+    def write(names, content="new"):
+        for name in names:
+            atomically(tmp_path / name, lambda part: part.write_text(content))
+            assert texts()[name] == "old"
+
+    with together():
+        write(["a", "b", "c"])
+    assert texts() == dict.fromkeys("abc", "new")
+    for path in old.values():
+        path.write_text("old")
+    with pytest.raises(OSError, match="no space"), together():
+        write(["a", "b"])
+        raise OSError("no space left")
+    old["c"].unlink()
+    old["c"].mkdir()
+    with pytest.raises(IsADirectoryError), together():
+        write(["a"])
+        atomically(old["c"], lambda part: part.write_text("new"))
+    assert texts() == {"a": "old", "b": "old"}
+    atomically(old["a"], lambda part: part.write_text("alone"))
+    assert texts()["a"] == "alone"

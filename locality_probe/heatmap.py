@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,15 @@ class Panel:
     attention: np.ndarray
     seen: np.ndarray
     query: Patch | None
+
+
+def is_raw(path: Path) -> bool:
+    """Whether a file is one that HeatMaps.save has written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {"image.npy", "maps.npy", "rows.npy", "columns.npy", "title.npy"} <= set(file.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 Panels = dict[tuple, Panel]  # (run, task, layer, head) -> panel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import run_ok
+from conftest import flat, invoke, run_ok
 from matplotlib.colors import Normalize
 from networks import vit
 from PIL import Image
@@ -243,3 +243,15 @@ def test_command(runs, picture):
     assert all(Path(name).stat().st_size for name in ("a.svg", "b.pdf", "c.png"))
     result = run_ok("heatmap", picture, "--model", "timm/pit_ti_224", "-o", "d.png")
     assert "left out: layer 2 of pit_ti_224 has a grid of (14, 14), others (27, 27)" in result.stdout
+
+
+def test_a_file_of_the_users_is_not_taken_for_the_raw_array(runs, picture):
+    for content in (b"no zip", None):
+        np.savez("data.npz", mine=np.arange(3)) if content is None else Path("data.npz").write_bytes(content)
+        before = Path("data.npz").read_bytes()
+        result = invoke("heatmap", picture, "--ckpt", "runs/toy", "-o", "data.png")
+        assert result.exit_code == 1 and "data.npz is there, holds no heat map" in flat(result.output)
+        assert Path("data.npz").read_bytes() == before and not Path("data.png").exists()
+    Path("data.npz").unlink()
+    for _ in range(2):
+        run_ok("heatmap", picture, "--ckpt", "runs/toy", "-o", "data.png")

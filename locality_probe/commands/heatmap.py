@@ -69,6 +69,11 @@ def heatmap_command(
     from locality_probe.subject import from_model_option
 
     typed(style.check_suffix, out)
+    raw = out.with_suffix(".npz")
+    if raw.exists() and not heatmap.is_raw(raw):
+        raise ValueError(
+            f"{raw} is there, holds no heat map, and would be the raw array beside {out}: choose another --out"
+        )
     device = options.compute_on(device, threads)
     opened = open_image(image)
     if model:

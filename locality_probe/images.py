@@ -6,7 +6,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class ProbeImages:
     index: list[int]  # place of each image in its source
     items: list[Path | Image.Image] | Tensor
     sha256: str
+    passed_over: dict[str, int] = field(default_factory=dict)  # files of a folder that are no images, by suffix
 
     def __len__(self) -> int:
         return len(self.index)
@@ -45,7 +46,16 @@ class ProbeImages:
 
     def describe(self) -> dict[str, object]:
         """What measurement.json keeps."""
-        return {"source": self.source, "n": len(self), "index": self.index, "sha256": self.sha256}
+        found: dict[str, object] = {"source": self.source, "n": len(self), "index": self.index, "sha256": self.sha256}
+        return found | ({"passed_over": self.passed_over} if self.passed_over else {})
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the images: a sentence where files were passed over."""
+        if not self.passed_over:
+            return []
+        suffixes = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in self.passed_over.items())
+        total = sum(self.passed_over.values())
+        return [f"{total} of the files in {self.source} {'are' if total > 1 else 'is'} passed over ({suffixes})"]
 
 
 def load_images(
@@ -70,7 +80,8 @@ def load_images(
     digest = hashlib.sha256()
     for item in chosen:
         digest.update(regular(item).read_bytes() if isinstance(item, Path) else np.asarray(item).tobytes())
-    return ProbeImages(name, index, chosen, digest.hexdigest())
+    others = data.passed_over(Path(source)) if Path(source).is_dir() and name == source else {}
+    return ProbeImages(name, index, chosen, digest.hexdigest(), others)
 
 
 def _open(source: str, data_dir: str | Path, classes: list[int] | None) -> tuple[Tensor | list, str, Tensor]:

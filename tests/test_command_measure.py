@@ -293,3 +293,18 @@ def test_other_weights_of_the_same_model_are_another_measurement(here):
     assert result.exit_code == 1 and "of timm/test_vit a.safetensors, now of timm/test_vit untrained" in flat(
         result.output
     )
+
+
+def test_files_that_are_passed_over_are_counted(runs):
+    Path("mixed").mkdir()
+    for name in ("a.png", "b.TIF", "c.webp"):
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(f"mixed/{name}")
+    run = ["measure", "runs/toy", "--task", 0, "--images", "mixed", "--out", "out"]
+    assert "passed over" not in run_ok(*run).stderr
+    for name in ("d.heic", "e.heic", "notes", ".hidden.txt"):
+        Path("mixed", name).write_text("no image")
+    Path("mixed/folder").mkdir()
+    result = run_ok(*run)
+    assert flat(result.stderr).endswith("3 of the files in mixed are passed over (1 without a suffix, 2 .heic)")
+    kept = json.loads(Path("out/measurement.json").read_text())["images"]
+    assert kept["passed_over"] == {"": 1, ".heic": 2} and kept["n"] == 3

@@ -7,6 +7,7 @@ from cil.data.images import (
     cover,
     image_files,
     open_image,
+    passed_over,
     random_crop,
     read_images,
     to_pil,
@@ -35,5 +36,6 @@ from cil.data.sources import (
 __all__ = [
     "CIFAR100_MEAN", "CIFAR100_STD", "DATASETS", "IMAGENET_MEAN", "IMAGENET_STD", "IMAGE_SUFFIXES", "Dataset", "FileSet",
     "ImageSet", "Source", "centre_crop", "cifar100", "cover", "crop_for", "digits", "download_cifar100", "folder",
-    "image_files", "imagenet100", "load", "names", "open_image", "random_crop", "read_images", "to_pil", "to_tensor", "trimmed",
+    "image_files", "imagenet100", "load", "names", "open_image", "passed_over", "random_crop", "read_images", "to_pil",
+    "to_tensor", "trimmed",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 # What is not opened, whatever its name: their readers start another program (EPS: Ghostscript), or ask for one.
 OTHER_PROGRAMS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "FITS", "MPEG"}
 LONGEST = 100  # times its shorter side: what is farther from the middle of a strip, no crop shows
+
+
+def passed_over(root: Path) -> dict[str, int]:
+    """How many files of a folder `image_files` leaves out, by suffix; hidden ones and folders are not counted."""
+    names = [entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith(".")]
+    suffixes = sorted(os.path.splitext(name)[1].lower() for name in names)
+    return dict(Counter(suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES))
 
 
 def image_files(root: Path) -> list[Path]:

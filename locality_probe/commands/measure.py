@@ -57,6 +57,8 @@ def measure_command(
         list(ckpts), model, weights, pretrained, images, n, seed, list(tasks), data_dir,
         warn=warn, grid=grid, num_prefix_tokens=prefix, image_size=image_size,
     )  # fmt: skip
+    for sentence in plan.images.remarks():
+        warn(sentence)
     written = out or (None if as_json else plan.out)
     if written is not None:
         options.check_folder(written)

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--recipe paper-b10-10-baseline ...] [--variants float32 tf32 bf16 "bf16 launched" ...] > gpu.csv
 
 The network of a later task on noise under CIFAR-100's labels, with everything that the recipe does to a batch. Variants run
-in turn in one process, a round of so many steps each. A row a recipe and variant: median ms a step, images/s, and of one
+in turn in one process, a round of so many steps each. One row per recipe and variant: median ms per step, images/s, and of one
 step the kernels that run and their time, the times that the host waited and how long it was busy; memory at its largest. A
 step is a CUDA graph, as in training; in variants with `launched` its kernels are launched one by one, and in those with
 `compile` the network's passes are compiled by torch.compile. The last column is the loss after all steps, of one batch.
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"{processor('cuda')}, torch {torch.__version__}", file=sys.stderr)
-    print("recipe,variant,ms a step,images/s,kernels,their ms,waits,host ms,GiB,loss", flush=True)
+    print("recipe,variant,ms per step,images/s,kernels,their ms,waits,host ms,GiB,loss", flush=True)
     for name in args.recipe:
         ready, taken, facts = {}, {}, {}
         for variant in args.variants:

@@ -5,7 +5,7 @@
 Small runs of every kind: the four systems with mixup, RandAugment and stochastic depth, a memory for each process, timm
 backbones, LPA in one, one that starts from weights. Each is trained undisturbed, then by a process that is killed after a
 random time, started again, and so on, until it is finished and there were enough kills. Weights, exemplars, accuracy and the
-numbers of training are compared byte by byte. Prints a row a run; exits with 1 where one differs.
+numbers of training are compared byte by byte. Prints one row per run; exits with 1 where a run differs.
 """
 
 from __future__ import annotations

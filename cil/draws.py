@@ -84,11 +84,11 @@ def operations(n: int, config: RandAugment, generator: Generator, multiple: int 
     to_argument = augment.arguments(config.increasing).values()
     arguments = torch.stack([f(level / 10, sign).float() for f in to_argument], 1)  # [layers, 15, n]
     layer, operation, image = chosen.nonzero(as_tuple=True)
-    where = layer, operation, place[chosen]
+    table_entry = layer, operation, place[chosen]
     rows = torch.zeros(*chosen.shape[:2], places, dtype=torch.long)
     argument = torch.zeros(rows.shape)
     source = torch.arange(number.shape[1]).repeat(len(number), 1)
-    rows[where], argument[where] = image, arguments[chosen]
+    rows[table_entry], argument[table_entry] = image, arguments[chosen]
     source[layer, image] = number.shape[1] + operation * places + place[chosen]
     return Operations(rows, argument, source)
 

@@ -159,7 +159,7 @@ class Run:
             raise ValueError(f"model={self.model} goes with method=baseline: it has no task attention")
         timms = [f"{name}={getattr(self, name)}" for name in OF_TIMM if getattr(self, name) != OF_TIMM[name]]
         if self.model == "convit" and timms:
-            raise ValueError(f"{' and '.join(timms)} is for timm models, like model=timm/vit_base_patch16_224")
+            raise ValueError(f"for timm models alone, like model=timm/vit_base_patch16_224: {', '.join(timms)}")
         if self.weights_sha256 and not self.weights:
             raise ValueError("weights_sha256 goes with weights")
         if self.lpa_start != "local" and (self.model == "convit" or not self.n_lpa):

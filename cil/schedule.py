@@ -151,18 +151,18 @@ def steps_before(phases: list[Phase], phase: Phase) -> int:
 
 def remarks(directory: RunDir, dataset: Dataset) -> list[str]:
     """What is odd about a run and may be a slip: sentences. dataset: in class order."""
-    run, found = directory.run, []
+    run, sentences = directory.run, []
     seen = [len(directory.scenario[: task + 1].labels) for task in directory.planned_tasks]
     if run.training == "incremental" and 0 < run.memory < seen[-1]:
         task = next(task for task, classes in enumerate(seen) if run.memory < classes)
-        found.append(
+        sentences.append(
             f"memory={run.memory} is less than one exemplar for each of {seen[task]} classes: from task {task} on none is "
             f"kept, and there is no fine-tuning; memory={seen[-1]} keeps one of each class to the end"
         )
     short = [phase for phase in plan(directory, dataset) if phase.images < run.batch_size]
     if short:
-        found.append(
+        sentences.append(
             f"batch_size={run.batch_size} is more than the {short[0].images} images of task {short[0].task} ({short[0].name}): "
             "an epoch is then one step on all of them"
         )
-    return found
+    return sentences

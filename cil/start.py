@@ -21,7 +21,8 @@ Train = Callable[[Run, Path], RunDir]
 
 
 def settle(run: Run, out: Path, train: Train) -> tuple[Run, Path | None]:
-    """The run with the SHA-256 of the weights that it starts from, and their file; None where `out` holds the run already.
+    """The run with the SHA-256 of the weights that it starts from, and their file; None where `out` holds a begun run, which
+    keeps its weights, and the file is not there any more.
 
     train: trains the run that `weights` names as recipe:NAME, if it has to be. Raises ValueError for weights that are not
     there, cannot be fetched, or are not those that `weights_sha256` asks for, and for a recipe that leads to itself.
@@ -30,13 +31,14 @@ def settle(run: Run, out: Path, train: Train) -> tuple[Run, Path | None]:
         return run, None
     if (out / "run.json").is_file():
         begun = checkpoint.open_run(out).run
-        if begun.weights == run.weights and run.weights_sha256 in ("", begun.weights_sha256):
+        alike = begun.weights == run.weights and run.weights_sha256 in ("", begun.weights_sha256)
+        if alike and not Path(run.weights).is_file():  # a file that is there may have changed
             return replace(run, weights_sha256=begun.weights_sha256), None
     path = file_of(run, out, train)
-    found = sha256(path)
-    if run.weights_sha256 not in ("", found):
-        raise ValueError(f"{path} has the SHA-256 {found}, not weights_sha256={run.weights_sha256}")
-    return replace(run, weights_sha256=found), path
+    digest = sha256(path)
+    if run.weights_sha256 not in ("", digest):
+        raise ValueError(f"{path} has the SHA-256 {digest}, not weights_sha256={run.weights_sha256}")
+    return replace(run, weights_sha256=digest), path
 
 
 def file_of(run: Run, out: Path, train: Train) -> Path:
@@ -56,10 +58,10 @@ def file_of(run: Run, out: Path, train: Train) -> Path:
 def first(run: Run) -> Run:
     """The run of `weights`, recipe:NAME, which is trained before this one. Raises ValueError for no recipe, and for one that
     starts so itself."""
-    found = replace(recipes.find(run.weights.removeprefix(RECIPE)), data_dir=run.data_dir)
-    if found.weights.startswith(RECIPE):
-        raise ValueError(f"weights={run.weights}: {found.recipe} itself starts from {found.weights}")
-    return found
+    needed = replace(recipes.find(run.weights.removeprefix(RECIPE)), data_dir=run.data_dir)
+    if needed.weights.startswith(RECIPE):
+        raise ValueError(f"weights={run.weights}: {needed.recipe} itself starts from {needed.weights}")
+    return needed
 
 
 def trained(run: Run, folder: Path, train: Train) -> RunDir:

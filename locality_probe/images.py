@@ -46,8 +46,13 @@ class ProbeImages:
 
     def describe(self) -> dict[str, object]:
         """What measurement.json keeps."""
-        found: dict[str, object] = {"source": self.source, "n": len(self), "index": self.index, "sha256": self.sha256}
-        return found | ({"passed_over": self.passed_over} if self.passed_over else {})
+        description: dict[str, object] = {
+            "source": self.source,
+            "n": len(self),
+            "index": self.index,
+            "sha256": self.sha256,
+        }
+        return description | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     def remarks(self) -> list[str]:
         """What a user should know of the images: a sentence where files were passed over."""

@@ -28,7 +28,10 @@ def after_tasks(frame: pd.DataFrame) -> pd.DataFrame:
 _SHARES = {  # of locality_probe.measures.measure_attention, which has the equations; empty where a measure was not asked for
     "rms_distance": ("float64", "root mean square of the attended distance, patches"),
     "prefix_mass": ("float64", "attention of patches on class, register and distillation tokens, 0 to 1"),
-    "entropy": ("float64", "of a patch's attention over patches, over that of uniform attention, 0 to 1"),
+    "entropy": (
+        "float64",
+        "of a patch's attention over patches, over that of uniform attention, 0 to 1; of patches that have a choice",
+    ),
     "self_mass": ("float64", "attention of a patch on itself, among patches, 0 to 1"),
     "centroid_shift": ("float64", "distance of a patch to the mean place that it attends to, patches"),
     "sink_mass": ("float64", "attention of patches on the ceil(N / 100) patches that get most, among patches, 0 to 1"),

@@ -106,6 +106,14 @@ def test_a_run_knows_its_weights_again(trained, weights, tmp_path):
     save_file(state | {"norm.bias": state["norm.bias"] + 1}, tmp_path / "changed.safetensors")
     with pytest.raises(ValueError, match=r"holds another run \(weights_sha256="):
         train(run_from(tmp_path / "changed.safetensors"), tmp_path / "run")
+    shutil.copy(tmp_path / "changed.safetensors", copied)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    begun = (tmp_path / "again/run.json").read_text()
+    (tmp_path / "again/run.json").write_text(begun.replace(str(weights), str(copied)))
+    with pytest.raises(
+        ValueError, match=r"holds another run \(weights_sha256="
+    ):  # the same name, and not the same file
+        train(run_from(copied), tmp_path / "again")
     with pytest.raises(ValueError, match="has the SHA-256 "):
         train(run_from(weights, weights_sha256="0" * 64), tmp_path / "third")
     assert not (tmp_path / "third").exists()
@@ -271,8 +279,14 @@ def test_weights_that_do_not_fit(weights, tmp_path, change, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["weights=w.safetensors"], "weights=w.safetensors is for timm models"),
-        (["input_size=16", "layer_decay=0.5"], "input_size=16 and layer_decay=0.5 is for timm models"),
+        (
+            ["weights=w.safetensors"],
+            "for timm models alone, like model=timm/vit_base_patch16_224: weights=w",
+        ),
+        (
+            ["input_size=16", "layer_decay=0.5"],
+            "vit_base_patch16_224: input_size=16, layer_decay=0.5",
+        ),
         (["model=timm/test_vit", "patch_size=1", "weights=nowhere"], "weights=nowhere is no file, nor hub"),
         (["model=timm/test_vit", "patch_size=1", "weights=recipe:nothing"], "no recipe 'nothing'"),
         (["model=timm/test_vit", "patch_size=1", "frozen_blocks=7"], "frozen_blocks=7 is more than the 6 blocks"),

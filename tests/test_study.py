@@ -142,8 +142,8 @@ def test_one_whose_process_is_killed_fails_alone(toy_runs, tmp_path, monkeypatch
     assert sorted(failed) == [
         "nonlocality of toy-joint: its process was killed; is memory full?",
         "nonlocality of toy: its process was killed; is memory full?",
-        "spectrum of toy-joint: CUDA out of memory",
-        "spectrum of toy: CUDA out of memory",
+        "spectrum of toy-joint: RuntimeError: CUDA out of memory",
+        "spectrum of toy: RuntimeError: CUDA out of memory",
     ]
     assert study.done() == {("toy", "accuracy"), ("toy-joint", "accuracy")}
 

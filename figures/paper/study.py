@@ -338,7 +338,8 @@ class Measuring:
         except BrokenProcessPool:
             self.failed.append(f"{kind} of {path.name}: its process was killed; is memory full?")
         except Exception as error:  # whatever it is, it is this measurement's alone
-            reason = error if isinstance(error, (ValueError, OSError)) else reason_of(error)
+            named = isinstance(error, (ValueError, OSError))
+            reason = str(error) if named else f"{type(error).__name__}: {reason_of(error)}"
             self.failed.append(f"{kind} of {path.name}: {reason}")
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
